@@ -908,7 +908,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self.log.error("%s is not TOML (%s): moved to %s", self._file, error, aside)
             return []
         own = content.pop("jupyterhub", {})
-        lines = str(own.get("routes", "")).splitlines()
+        lines = str(own.get("routes", {}).get("lines", "")).splitlines()
         for path in json.loads(own.get("owned", "[]")):
             drop(content, path)
         for line in lines:
@@ -1072,9 +1072,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             config = merge(foreign, self._own)
             for kind in [kind for kind, tables in config.get("http", {}).items() if not tables]:
                 del config["http"][kind]  # for one empty table Traefik refuses the whole file
+            owned = json.dumps([*leaves(self._own), ("http", "routers", CANARY)])
+            config["jupyterhub"] = {"owned": owned}
             self._head = self._render(config, "extra_dynamic_config")
         revision = secrets.token_hex(8)
-        owned = [*leaves(self._own), ("http", "routers", CANARY)]
         canary = f"""
 [http.routers.{CANARY}]
 rule = "Path(`/{revision}`) && !PathPrefix(`/`)"
@@ -1082,9 +1083,8 @@ priority = 1
 entryPoints = [{toml_string(self.traefik_entrypoint)}]
 service = "noop@internal"
 
-[jupyterhub]
-owned = {toml_string(json.dumps(owned))}
-routes = '''
+[jupyterhub.routes]
+lines = '''
 """
         tables = "".join(route.tables for route in routes.values())
         lines = "\n".join(route.line for route in routes.values())
@@ -1103,9 +1103,9 @@ routes = '''
         deadline = began + self.check_route_timeout
         problem, elapsed = "", 0.0
         while not problem or time.monotonic() < deadline:
-            # Most of what Traefik took of late, then a fifteenth of the time so far: few requests
+            # Half of what Traefik took of late, then a fifteenth of the time so far: few requests
             # while it works, and little delay.
-            pause = max(0.8 * self._pace - elapsed, elapsed / 15, 0.001)
+            pause = max(0.5 * self._pace - elapsed, elapsed / 15, 0.0005)
             if self._closing.wait(min(pause, 0.05)):
                 raise RuntimeError("the proxy was stopped before Traefik loaded the change")
             if self._process and self._process.ended.is_set():
