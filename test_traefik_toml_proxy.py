@@ -4,27 +4,1234 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import copy
 import http.client
+import importlib.metadata
 import json
 import logging
 import multiprocessing
 import os
 import platform
+import re
+import resource
 import shutil
+import signal
+import socket
+import ssl
 import statistics
 import subprocess
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterable
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli
 import tomli_w
+import tornado.httpclient
+import tornado.websocket
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from conftest import Backends, ProxyFactory, free_port, installed_traefik, stand_in_app
-from traefik_toml_proxy import placeholder_certificate
+import traefik_toml_proxy as proxy
+from conftest import (
+    HERE,
+    OLD_VERSIONS,
+    Backends,
+    ProxyFactory,
+    WholeHub,
+    fetch,
+    free_port,
+    installed_traefik,
+    port_of,
+    stand_in_app,
+    traefik_binary,
+    wait_until,
+    who,
+)
+from traefik_toml_proxy import TraefikTomlProxy, placeholder_certificate
+
+# ---------------------------------------------------------------------------------------------
+# Credentials
+# ---------------------------------------------------------------------------------------------
+
+
+def test_apr1_gives_the_hash_of_the_description() -> None:
+    assert proxy.apr1_hash("admin", "eS/j3kum") == "$apr1$eS/j3kum$q/X2khsIEG/bBGsteP.x./"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    password=st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=40),
+    salt=st.text(proxy.CRYPT_ALPHABET, min_size=1, max_size=8),
+)
+def test_apr1_is_what_openssl_says(password: str, salt: str) -> None:
+    command = ["openssl", "passwd", "-apr1", "-salt", salt, "-stdin"]
+    said = subprocess.run(command, input=password.encode() + b"\n", capture_output=True, check=True)
+    assert proxy.apr1_hash(password, salt) == said.stdout.decode().strip()
+
+
+@pytest.mark.parametrize("salt", ["", "ninechars", "a$b", "ä"])
+def test_apr1_refuses_a_salt_that_is_none(salt: str) -> None:
+    with pytest.raises(ValueError, match="salt has 1 to 8 characters"):
+        proxy.apr1_hash("x", salt)
+
+
+def test_the_placeholder_certificate_can_be_loaded(tmp_path: Path) -> None:
+    certificate = proxy.placeholder_certificate()
+    assert certificate is not None
+    pem = tmp_path / "pem"
+    pem.write_text(certificate["certFile"] + certificate["keyFile"])
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(pem)
+
+
+def test_no_placeholder_without_cryptography(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    assert proxy.placeholder_certificate() is None
+
+
+# ---------------------------------------------------------------------------------------------
+# Routes
+# ---------------------------------------------------------------------------------------------
+
+NAMES = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=12)
+TRICKY = st.text("ab/%+@`\"'\\{}[]()|.*?$^ \t~_-é€", min_size=1, max_size=8)
+
+
+def spell(path: str, random: Any, partly_encoded: bool) -> tuple[str, str]:
+    """Spell a decoded path at random; return it with what Traefik's rules see of it."""
+    spelled = seen = ""
+    for char in path:
+        must = char in "%?#" or not 33 <= ord(char) < 127 or char in '"<>\\^`{|}'
+        raw = char == "/" if not spelled else not must and random.random() < 0.6
+        code = "".join(f"%{byte:02X}" for byte in char.encode())
+        spelled += char if raw else code.lower() if random.random() < 0.5 else code
+        seen += code if partly_encoded and not raw and char in proxy.RESERVED else char
+    return spelled, seen
+
+
+def chp_matches(routespec: str, spelled: str) -> bool:
+    """Whether JupyterHub's default proxy takes a request path for a route: segment by segment."""
+    route = [part for part in urllib.parse.unquote(routespec).strip("/").split("/") if part]
+    return urllib.parse.unquote(spelled).strip("/").split("/")[: len(route)] == route
+
+
+def matches(rule: str, seen: str) -> bool:
+    """Evaluate a path rule as Traefik does."""
+    found = re.fullmatch(r"Path(Regexp|Prefix)\(`(.*)`\)", rule)
+    assert found, rule
+    if found[1] == "Prefix":
+        return seen.startswith(found[2])
+    python = re.sub(r"\\x\{([0-9a-f]+)\}", lambda code: re.escape(chr(int(code[1], 16))), found[2])
+    return bool(re.match(python.replace("$)", "\\Z)"), seen, re.DOTALL))
+
+
+@settings(max_examples=400, deadline=None)
+@given(NAMES | TRICKY, NAMES | TRICKY, st.randoms(use_true_random=False), st.booleans())
+def test_a_rule_matches_what_the_default_proxy_matches(
+    name: str, other: str, random: Any, partly_encoded: bool
+) -> None:
+    assume(name.strip("/") == name and "//" not in name)
+    routespec = f"/user/{urllib.parse.quote(name, safe='@~')}/"
+    rule, _ = proxy.route_rule(routespec, partly_encoded)
+    for path in (f"/user/{name}", f"/user/{name}/", f"/user/{name}/{other}", f"/user/{other}"):
+        assume(not path.rstrip("/").endswith("/"))
+        spelled, seen = spell(path, random, partly_encoded)
+        assert matches(rule, seen) == chp_matches(routespec, spelled), (rule, spelled, seen)
+
+
+@given(NAMES | TRICKY, st.booleans())
+def test_a_rule_is_made_of_harmless_characters(name: str, partly_encoded: bool) -> None:
+    rule, _ = proxy.route_rule(f"/user/{urllib.parse.quote(name)}/", partly_encoded)
+    assert re.fullmatch(r"PathRegexp\(`\^/user[\w~\-/(?:|)%\\{}$]+`\)", rule, re.ASCII)
+    assert "{{" not in rule
+
+
+@given(NAMES, NAMES, st.booleans())
+def test_a_longer_prefix_has_the_higher_priority(one: str, two: str, partly_encoded: bool) -> None:
+    quoted = [urllib.parse.quote(name, safe="@~") for name in ("base", one, two)]
+    assume("/" not in one + two)
+    for host in ("", "hub.example"):
+        specs = [f"{host}/{'/'.join(quoted[:depth])}/" for depth in (1, 2, 3)]
+        found = [proxy.route_rule(spec, partly_encoded) for spec in [f"{host}/", *specs]]
+        priorities = [priority or len(rule) for rule, priority in found]
+        assert priorities == sorted(set(priorities)), found
+
+
+def test_other_peoples_longer_prefix_beats_the_hub() -> None:
+    for routespec, foreign in (("/", "PathPrefix(`/docs`)"), ("/hub/", "PathPrefix(`/hub/docs`)")):
+        rule, priority = proxy.route_rule(routespec, True)
+        assert (priority or len(rule)) < len(foreign)
+
+
+def test_a_server_called_a_slash_does_not_take_the_url_of_a() -> None:
+    for partly_encoded in (True, False):
+        rule, _ = proxy.route_rule("/user/u/a%2F/", partly_encoded)
+        assert not matches(rule, "/user/u/a/")
+        assert not matches(rule, "/user/u/a")
+        assert matches(rule, "/user/u/a%2F/x" if partly_encoded else "/user/u/a//x")
+
+
+@pytest.mark.parametrize("routespec", ["/user/%ff/", "/user/\ud800/", "a host/user/", "*/"])
+def test_routespecs_that_are_none(routespec: str) -> None:
+    with pytest.raises(ValueError, match="routespec"):
+        proxy.route_rule(routespec, True)
+
+
+@given(NAMES | TRICKY, NAMES | TRICKY)
+def test_names_of_routers_are_one_to_one(one: str, two: str) -> None:
+    names = [proxy.route_name(f"/user/{text}/") for text in (one, two)]
+    assert (names[0] == names[1]) == (one == two)
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", names[0], re.ASCII)
+
+
+@given(st.text() | TRICKY)
+def test_a_toml_string_reads_back_and_is_no_template(text: str) -> None:
+    assume(text.isprintable() or "\ud800" not in text)
+    assume(not any(0xD800 <= ord(char) < 0xE000 for char in text))
+    written = proxy.toml_string(text)
+    assert "{{" not in written
+    assert tomli.loads(f"x = {written}") == {"x": text}
+
+
+@given(NAMES | TRICKY, st.dictionaries(st.text(), st.none() | st.text() | TRICKY | st.floats(0, 1)))
+def test_a_route_reads_back(name: str, data: dict[str, Any]) -> None:
+    routespec = f"/user/{urllib.parse.quote(name)}/"
+    target = "http://[::1]:80/pre%20fix"
+    route = proxy.make_route(routespec, target, json.dumps(data), "http", True)
+    text = f"{route.tables}\n[jupyterhub.routes]\nlines = '''\n{route.line}\n'''\n"
+    assert "{{" not in text
+    table = tomli.loads(text)
+    assert json.loads(table["jupyterhub"]["routes"]["lines"]) == [routespec, target, data]
+    (router,), (middleware,) = (table["http"][kind].values() for kind in ("routers", "middlewares"))
+    assert router["rule"] == proxy.route_rule(routespec, True)[0]
+    assert middleware == {"addPrefix": {"prefix": "/pre fix"}}
+    assert route.as_dict() == {"routespec": routespec, "target": target, "data": data}
+
+
+@pytest.mark.parametrize(
+    ("target", "parts"),
+    [
+        ("http://127.0.0.1:8888", ("http://127.0.0.1:8888", "")),
+        ("https://name_of.container", ("https://name_of.container", "")),
+        ("http://[fe80::1]:9/a/b%2Bc/", ("http://[fe80::1]:9", "/a/b+c")),
+    ],
+)
+def test_targets(target: str, parts: tuple[str, str]) -> None:
+    assert proxy.split_target(target) == parts
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["", "127.0.0.1:80", "ftp://a", "http://", "http://a:0", "http://a:65536", "http://u:p@a"]
+    + ["http://a?b", "http://a/#b", "http://a b", "http://a\n", "http+unix://%2Fsock", "http://{{"],
+)
+def test_targets_that_are_none(target: str) -> None:
+    with pytest.raises(ValueError, match="target|unix socket"):
+        proxy.split_target(target)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://:8000", (":8000", False)),
+        ("http://*:8000/", (":8000", False)),
+        ("http://0.0.0.0:8000/base/", ("0.0.0.0:8000", False)),
+        ("https://[::]:443", ("[::]:443", True)),
+        ("https://hub.example", ("hub.example:443", True)),
+        ("http://127.0.0.1:8000/@/space%20word/", ("127.0.0.1:8000", False)),
+    ],
+)
+def test_addresses(url: str, address: tuple[str, bool]) -> None:
+    assert proxy.split_address("option", url) == address
+
+
+@pytest.mark.parametrize("url", ["http+unix://%2Fs", "127.0.0.1:80", "http://u:p@a", "http://a:x"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(ValueError, match="option is not of the form"):
+        proxy.split_address("option", url)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_new_file_is_private_and_an_old_one_keeps_its_mode_and_owner(tmp_path: Path) -> None:
+    path = tmp_path / "rules.toml"
+    written = proxy.replace_file(str(path), "a = 1\n", keep_mode=True)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert proxy.signature(str(path)) == written
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 1, 1)
+    owner = path.stat().st_uid, path.stat().st_gid
+    proxy.replace_file(str(path), "a = 2\n", keep_mode=True)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert (path.stat().st_uid, path.stat().st_gid) == owner
+    proxy.replace_file(str(path), "a = 3\n", keep_mode=False)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert proxy.read_toml(str(path))[0] == {"a": 3}
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "rules.toml"
+    path.write_text("old")
+    (tmp_path / "rules.toml.tmp").write_text("of a hub that died while writing")
+    with file_size_limit(100), pytest.raises(OSError, match="File too large"):
+        proxy.replace_file(str(path), "x" * 1000, keep_mode=True)
+    assert os.listdir(tmp_path) == ["rules.toml"]
+    assert path.read_text() == "old"
+
+
+def test_too_deep_a_file_is_no_toml(tmp_path: Path) -> None:
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply|Invalid|Expected"):
+        proxy.read_toml(str(tmp_path / "deep.toml"))
+
+
+TABLES = st.recursive(
+    st.integers() | st.text(max_size=2),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner),
+).filter(lambda table: isinstance(table, dict))
+
+
+@given(TABLES, TABLES)
+def test_merging_keeps_both_and_changes_neither(under: Any, over: Any) -> None:
+    before = copy.deepcopy((under, over))
+    merged = proxy.merge(under, over)
+    assert (under, over) == before
+    assert set(merged) == set(under) | set(over)
+    for path in proxy.leaves(over):
+        value, wanted = merged, over
+        for key in path:
+            value, wanted = value[key], wanted[key]
+        assert value == wanted or wanted == {}
+
+
+@given(TABLES)
+def test_dropping_every_leaf_leaves_nothing(table: Any) -> None:
+    for path in list(proxy.leaves(table)):
+        proxy.drop(table, path)
+        proxy.drop(table, path)
+    assert table == {}
+
+
+# ---------------------------------------------------------------------------------------------
+# Traefik API and process
+# ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let every write beyond a size fail: a full disk without one."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@contextlib.contextmanager
+def answering(answer: bytes | None) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that gives every client the same bytes (None: never any) and closes."""
+    requests: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            held = []
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = server.accept()
+                    held.append(client)
+                    requests.append(client.recv(65536))
+                    if answer is not None:
+                        client.sendall(answer)
+                        client.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", requests
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"HTTP/1.1 401 No\r\n\r\n", "refuses the credentials .401.: set traefik_api_username"),
+        (b"HTTP/1.1 404 No\r\n\r\n", "knows nothing of this proxy's file"),
+        (b"HTTP/1.1 502 No\r\n\r\n", "answers with status 502"),
+        (b"HTTP/1.1 302 Go\r\nLocation: http://127.0.0.1:1/\r\n\r\n", "answers with status 302"),
+        (b"HTTP/1.1 200 OK\r\n\r\n<html>", "not as Traefik's API does"),
+        (b"HTTP/1.1 200 OK\r\n\r\n\xff", "not as Traefik's API does"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "cannot be reached|not as Traefik's"),
+        (b"SSH-2.0-OpenSSH\r\n", "cannot be reached"),
+        (b"", "cannot be reached"),
+        (None, "cannot be reached .*timed out"),
+    ],
+)
+def test_answers_that_are_none(answer: bytes | None, words: str) -> None:
+    with answering(answer) as (url, _):
+        api = proxy.TraefikAPI(url, "user", "secret", True)
+        with pytest.raises(proxy.APIError, match=words) as raised:
+            api.get("/api/version", 0.5)
+        assert url in str(raised.value)
+        assert "secret" not in str(raised.value)
+
+
+def test_the_api_is_asked_directly_with_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with answering(b'HTTP/1.1 200 OK\r\n\r\n{"a": 1}') as (url, requests):
+        assert proxy.TraefikAPI(f"{url}/", "user", "pass", True).get("/x", 5) == {"a": 1}
+    assert b"GET /x HTTP/1.1" in requests[0]
+    assert b"Authorization: Basic dXNlcjpwYXNz" in requests[0]
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_versions(tmp_path: Path) -> None:
+    assert proxy.parse_version("3.7.15") == (3, 7, 15)
+    assert proxy.parse_version("v3.6") == (3, 6, 0)
+    assert proxy.parse_version("dev") == proxy.NEWEST
+    newest = proxy.command_version([installed_traefik()])
+    assert (3, 6, 0) < newest < proxy.NEWEST
+    one = script(tmp_path / "one", "echo 'Version:      v1.7.34\nCodename:     maroilles'")
+    with pytest.raises(RuntimeError, match=r"is Traefik v1\.7\.34, too old: install Traefik 3"):
+        proxy.command_version([one])
+    with pytest.raises(RuntimeError, match="is not Traefik, it says 'hello"):
+        proxy.command_version([script(tmp_path / "other", "echo hello")])
+    with pytest.raises(RuntimeError, match="failed .*exit status 3"):
+        proxy.command_version([script(tmp_path / "broken", "exit 3")])
+
+
+def test_the_command_is_found_on_path_else_beside_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = script(tmp_path / "traefik", "")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
+    assert proxy.find_command(["traefik", "--x"]) == [beside, "--x"]
+    (tmp_path / "bin").mkdir()
+    on_path = script(tmp_path / "bin" / "traefik", "")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert proxy.find_command(["traefik"]) == [on_path]
+    with pytest.raises(RuntimeError, match="no program 'nowhere' on PATH: install Traefik 3 with"):
+        proxy.find_command(["nowhere"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Managed mode
+# ---------------------------------------------------------------------------------------------
+
+
+def files_of(made: TraefikTomlProxy) -> tuple[Path, Path]:
+    return Path(made.toml_static_config_file), Path(made.toml_dynamic_config_file)
+
+
+@pytest.mark.process
+async def test_start_and_stop_leave_nothing_behind(make_proxy: ProxyFactory) -> None:
+    made = make_proxy()
+    threads = threading.active_count()
+    await made.stop()  # before start: harmless
+    await made.start()
+    assert [path.stat().st_mode & 0o777 for path in files_of(made)] == [0o600, 0o600]
+    pid = made._process.pid
+    assert os.getpgid(pid) != os.getpgid(0), "Ctrl-C must reach the hub alone"
+    assert await made.get_all_routes() == {}
+    await made.start()  # again: nothing happens
+    assert made._process.pid == pid
+    await made.stop()
+    await made.stop()
+    assert os.listdir(make_proxy.directory) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(RuntimeError, match="call start"):
+        await made.add_route("/", "http://127.0.0.1:1", {})
+    wait_until(lambda: threading.active_count() <= threads)
+    await made.start()  # and it can start again
+    assert await made.get_all_routes() == {}
+
+
+@pytest.mark.process
+async def test_the_api_asks_for_credentials_and_is_not_public(managed: TraefikTomlProxy) -> None:
+    api_port = int(managed.traefik_api_url.rsplit(":", 1)[1])
+    paths = ["/api/http/routers", "/api/rawdata", "/dashboard/", "/dashboard", "/api", "/api/x"]
+    for path in paths:
+        assert fetch(api_port, path)[0] == 401
+        wrong = {"Authorization": "Basic " + base64.b64encode(b"jupyterhub:wrong").decode()}
+        assert fetch(api_port, path, wrong)[0] == 401
+        assert who(port_of(managed), path) == "hub"
+    token = f"jupyterhub:{managed.traefik_api_password}".encode()
+    right = {"Authorization": "Basic " + base64.b64encode(token).decode()}
+    assert fetch(api_port, "/dashboard/", right)[0] == 200
+    assert fetch(api_port, "/api/version", right)[0] == 200
+    assert fetch(api_port, "/")[0] == 404
+    assert len(managed.traefik_api_password) >= 43  # 32 random bytes
+    assert make_secret_of(managed) != managed.traefik_api_password
+
+
+def make_secret_of(made: TraefikTomlProxy) -> str:
+    """Return the password that another proxy would get."""
+    return str(TraefikTomlProxy(app=made.app).traefik_api_password)
+
+
+async def check_routes_live(made: TraefikTomlProxy, backends: Backends) -> None:
+    port = port_of(made)
+    for name in ("a", "ab"):
+        await made.add_route(f"/user/{name}/", backends(name), {"user": name, "server_name": ""})
+        assert who(port, f"/user/{name}/") == name
+    data = {"user": "a", "server_name": "s", "none": None, "deep": {"list": [1]}}
+    await made.add_route("/user/a/s/", backends("a/s"), data)
+    for path in (
+        "/user/a",
+        "/user/a/",
+        "/user/a/x/y?q=1",
+        "/user/a/sx",
+        "/user/a%2Fx",
+        "/user/%61",
+    ):
+        assert who(port, path) == "a"
+    for path in ("/user/a/s", "/user/a/s/", "/user/a/s/api"):
+        assert who(port, path) == "a/s"
+    for path in ("/user/ab", "/user/ab/x"):
+        assert who(port, path) == "ab"
+    for path in ("/", "/hub/login", "/user", "/user/", "/user/abc/", "/userx", "/user/A/"):
+        assert who(port, path) == "hub"
+
+    route = await made.get_route("/user/a/s")
+    assert route == {"routespec": "/user/a/s/", "target": backends("a/s"), "data": data}
+    route["data"]["deep"]["list"].append(2)
+    data["none"] = 1
+    assert (await made.get_all_routes())["/user/a/s/"]["data"]["deep"] == {"list": [1]}
+    assert (await made.get_route("/user/a/s/"))["data"]["none"] is None
+    assert await made.get_route("/user/nobody/") is None
+
+    await made.add_route("/user/a/", backends("other"), {"user": "a"})
+    assert who(port, "/user/a/") == "other"
+    await made.delete_route("/user/a")
+    assert who(port, "/user/a/") == "hub"
+    assert who(port, "/user/a/s/") == "a/s"
+    await made.delete_route("/user/a/")  # again: harmless
+    assert set(await made.get_all_routes()) == {"/", "/user/ab/", "/user/a/s/"}
+
+
+@pytest.mark.process
+async def test_routes(managed: TraefikTomlProxy, backends: Backends) -> None:
+    await check_routes_live(managed, backends)
+
+
+@pytest.mark.process
+async def test_external_routes(external: TraefikTomlProxy, backends: Backends) -> None:
+    await check_routes_live(external, backends)
+
+
+@pytest.mark.process
+async def test_many_changes_at_once_cost_few_writes(
+    managed: TraefikTomlProxy, backends: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = []
+    replace_file = proxy.replace_file
+    monkeypatch.setattr(
+        proxy, "replace_file", lambda *a, **k: writes.append(a) or replace_file(*a, **k)
+    )
+    specs = [f"/user/u{number}/" for number in range(1000)]
+    await asyncio.gather(*(managed.add_route(spec, backends("all"), {}) for spec in specs))
+    assert len(writes) <= 2
+    assert {who(port_of(managed), spec) for spec in specs[::50]} == {"all"}
+    await asyncio.gather(
+        *(managed.delete_route(spec) for spec in specs[:500]),
+        *(managed.add_route(spec, backends("new"), {}) for spec in specs[500:]),
+    )
+    assert {who(port_of(managed), spec) for spec in specs[:500:50]} == {"hub"}
+    assert {who(port_of(managed), spec) for spec in specs[500::50]} == {"new"}
+    assert len(await managed.get_all_routes()) == 501
+    count = len(writes)
+    await managed.add_route(specs[-1], backends("new"), {})
+    await managed.delete_route("/user/nobody/")
+    assert len(writes) == count, "a change that changes nothing writes nothing"
+
+
+@pytest.mark.process
+async def test_a_cancelled_caller_leaves_its_batch_alone(
+    managed: TraefikTomlProxy, backends: Backends
+) -> None:
+    first = asyncio.ensure_future(managed.add_route("/user/a/", backends("a"), {}))
+    second = asyncio.ensure_future(managed.add_route("/user/b/", backends("b"), {}))
+    await asyncio.sleep(0)
+    first.cancel()
+    await second
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert who(port_of(managed), "/user/a/") == "a"
+    assert set(await managed.get_all_routes()) == {"/", "/user/a/", "/user/b/"}
+
+
+@pytest.mark.process
+async def test_stopping_ends_a_batch_that_waits(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    made = make_proxy(traefik_env={"NOTHING": "in particular"})
+    await made.start()
+    os.kill(made._process.pid, signal.SIGSTOP)  # a Traefik that hangs
+    adding = asyncio.ensure_future(made.add_route("/user/a/", backends("a"), {}))
+    await asyncio.sleep(0.1)
+    made._api.get = lambda *_: (_ for _ in ()).throw(proxy.APIError("hangs"))
+    os.kill(made._process.pid, signal.SIGCONT)
+    await made.stop()
+    with contextlib.suppress(RuntimeError):
+        await adding
+    assert os.listdir(make_proxy.directory) == []
+
+
+def websocket_echo(url: str, message: str) -> Any:
+    async def echo() -> Any:
+        connection = await tornado.websocket.websocket_connect(url)
+        await connection.write_message(message)
+        answer = await connection.read_message()
+        connection.close()
+        return answer
+
+    return echo()
+
+
+@pytest.mark.process
+async def test_websockets_streams_uploads_and_headers_pass(
+    managed: TraefikTomlProxy, backends: Backends
+) -> None:
+    await managed.add_route("/user/a/", backends("a"), {})
+    port = port_of(managed)
+    assert await websocket_echo(f"ws://127.0.0.1:{port}/user/a/x/ws", "hello") == "a: 'hello'"
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", "/user/a/?stream=1")
+    response = connection.getresponse()
+    assert response.readline() == b"data: 0\n", "the first event comes while the stream is open"
+    connection.close()
+
+    chunks = (b"x" * 65536 for _ in range(160))
+    status, answer = await asyncio.to_thread(
+        lambda: fetch(port, "/user/a/up", {"Host": "hub.example"}, "POST", chunks)
+    )
+    assert (status, answer["length"]) == (200, 160 * 65536)
+    assert answer["headers"]["Host"] == "hub.example"
+    assert answer["headers"]["X-Forwarded-For"] == "127.0.0.1"
+    _, answer = fetch(port, "/user/a/f%2Fg%20h;i?q=a%2Fb")
+    assert answer["uri"] == "/user/a/f%2Fg%20h;i?q=a%2Fb"
+
+
+@pytest.mark.process
+async def test_stop_does_not_wait_for_websockets(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    made = make_proxy()
+    await made.start()
+    await made.add_route("/", backends("hub"), {})
+    url = f"ws://127.0.0.1:{port_of(made)}/ws"
+    connection = await tornado.websocket.websocket_connect(url)
+    await connection.write_message("x")
+    assert await connection.read_message()
+    began = time.monotonic()
+    await made.stop()
+    assert time.monotonic() - began < 1  # what stop() promises
+    assert await connection.read_message() is None
+
+
+@pytest.mark.process
+async def test_a_target_with_a_path_prepends_it(
+    managed: TraefikTomlProxy, backends: Backends
+) -> None:
+    await managed.add_route("/extra/", backends("extra") + "/be fore/".replace(" ", "%20"), {})
+    for path, uri in (("/extra/x?y=1", "/be%20fore/extra/x?y=1"), ("/extra", "/be%20fore/extra")):
+        _, answer = fetch(port_of(managed), path)
+        assert (answer["who"], answer["uri"]) == ("extra", uri)
+    await managed.add_route("/extra/", backends("extra"), {})
+    assert fetch(port_of(managed), "/extra/x")[1]["uri"] == "/extra/x"
+
+
+@pytest.mark.process
+async def test_routing_by_host(make_proxy: ProxyFactory, backends: Backends) -> None:
+    made = make_proxy(host_routing=True)
+    await made.start()
+    await made.add_route("hub.example/", backends("hub"), {})
+    await made.add_route("a_b.hub.example/user/a/", backends("a"), {})
+    port = port_of(made)
+    assert who(port, "/user/a/x", Host=f"a_b.hub.example:{port}") == "a"
+    assert who(port, "/user/a/x", Host="A_B.HUB.example") == "a"
+    assert who(port, "/user/a/x", Host="hub.example") == "hub"
+    assert who(port, "/user/b/", Host="a_b.hub.example") == "404"
+    for bad in ("/user/a/", "*/", "x`) || PathPrefix(`/"):
+        with pytest.raises(ValueError, match="route"):
+            await made.add_route(bad, backends("a"), {})
+
+
+@pytest.mark.process
+async def test_bad_input_raises_and_changes_nothing(managed: TraefikTomlProxy) -> None:
+    before = files_of(managed)[1].read_text()
+    good = "http://127.0.0.1:1"
+    for routespec, target, data, words in [
+        ("user/a/", good, {}, "not using host-routing"),
+        ("", good, {}, "not using host-routing"),
+        ("/user/%ff/", good, {}, "not UTF-8"),
+        ("/user/a/", "ftp://x", {}, "not of the form"),
+        ("/user/a/", "http+unix://%2Ftmp%2Fsock", {}, "Traefik cannot reach the unix socket"),
+        ("/user/a/", good, {"x": object()}, "not JSON"),
+        ("/user/a/", good, {"x": float("nan")}, "not JSON"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            await managed.add_route(routespec, target, data)
+    assert files_of(managed)[1].read_text() == before
+    bad = managed.add_route("/user/a/", "ftp://x", {})
+    results = await asyncio.gather(
+        bad, managed.add_route("/user/b/", good, {}), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [ValueError, type(None)]
+    assert set(await managed.get_all_routes()) == {"/", "/user/b/"}
+
+
+@pytest.mark.process
+async def test_a_failed_write_raises_in_every_caller_and_changes_nothing(
+    managed: TraefikTomlProxy, backends: Backends
+) -> None:
+    before = files_of(managed)[1].read_text()
+    with file_size_limit(100):
+        results = await asyncio.gather(
+            *(managed.add_route(f"/user/{name}/", backends(name), {}) for name in "abc"),
+            return_exceptions=True,
+        )
+    assert {str(result) for result in results} == {
+        f"[Errno 27] cannot write {managed.toml_dynamic_config_file} "
+        "(toml_dynamic_config_file): File too large"
+    }
+    assert files_of(managed)[1].read_text() == before
+    assert set(await managed.get_all_routes()) == {"/"}
+    await managed.add_route("/user/a/", backends("a"), {})
+    assert who(port_of(managed), "/user/a/") == "a"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"command": ["nowhere"]}, RuntimeError, "no program 'nowhere' on PATH: install"),
+        ({"extra_static_config": {"unknown": 1}}, RuntimeError, "exited with code 1.*unknown"),
+        ({"extra_static_config": {"a": None}}, ValueError, "extra_static_config cannot be written"),
+        ({"extra_dynamic_config": {"a": None}}, ValueError, "extra_dynamic_config cannot be wri"),
+        ({"traefik_entrypoint": "auth_api"}, ValueError, "the API would be public"),
+        ({"traefik_api_username": "a:b"}, ValueError, "traefik_api_username must not"),
+        ({"traefik_api_url": "http+unix://x"}, ValueError, "traefik_api_url is not of the form"),
+        ({"public_url": "http+unix://x"}, ValueError, "JupyterHub.bind_url is not of the form"),
+        ({"toml_static_config_file": "/no/t.toml"}, ValueError, "toml_static_config_file: the dir"),
+        ({"toml_dynamic_config_file": "/no/r.toml"}, ValueError, "toml_dynamic_config_file: the d"),
+        ({"toml_static_config_file": "/proc/t.toml"}, OSError, "toml_static_config_file"),
+        (
+            {"traefik_env": {"TRAEFIK_X": "1"}, "command": ["false"]},
+            RuntimeError,
+            "`.*false.* vers",
+        ),
+    ],
+)
+async def test_a_start_that_fails_says_why_and_leaves_nothing(
+    make_proxy: ProxyFactory, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    made = make_proxy(**options)
+    with pytest.raises((error, ValueError), match=f"(?s){words}"):
+        await made.start()
+    assert os.listdir(make_proxy.directory) == []
+    assert made._process is None
+
+
+@pytest.mark.process
+async def test_a_port_in_use_is_reported_at_once(make_proxy: ProxyFactory) -> None:
+    made = make_proxy()
+    with socket.create_server(("127.0.0.1", port_of(made))):
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="(?s)exited with code 1.*address already in use"):
+            await made.start()
+        assert time.monotonic() - began < made.check_route_timeout / 2
+    assert os.listdir(make_proxy.directory) == []
+    await made.start()
+
+
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv of util-linux is missing")
+async def test_a_port_that_needs_permission(make_proxy: ProxyFactory) -> None:
+    drop = ["setpriv", "--bounding-set=-net_bind_service"] if os.geteuid() == 0 else []
+    made = make_proxy(public_url="http://127.0.0.1:80", command=[*drop, installed_traefik()])
+    with pytest.raises(RuntimeError, match="(?s)exited with code 1.*permission denied"):
+        await made.start()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("content", ["[entryPoints.web]\naddress = ':80'\n", "not TOML"])
+async def test_a_static_file_of_somebody_else_is_left_alone(
+    make_proxy: ProxyFactory, content: str
+) -> None:
+    made = make_proxy()
+    static, _ = files_of(made)
+    static.write_text(content)
+    with pytest.raises(ValueError, match="was not written by this proxy.*toml_static_config_file"):
+        await made.start()
+    await made.stop()
+    assert static.read_text() == content
+
+
+@pytest.mark.process
+async def test_routes_and_foreign_tables_of_an_earlier_hub_are_taken_over(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    first = make_proxy(traefik_api_password="one")
+    await first.start()
+    await first.add_route("/", backends("hub"), {"hub": True})
+    await first.add_route("/user/a+b@x/", backends("a"), {"user": "a+b@x"})
+    routes = await first.get_all_routes()
+    rules = files_of(first)[1]
+    foreign = '[http.routers.mine]\nrule = "Path(`/mine`)"\nservice = "noop@internal"\n'
+    text = rules.read_text() + foreign + '[http.middlewares.t.headers.a]\nb = "{{ x }}"\n'
+    await first.stop()
+    rules.write_text(text.replace("\n'''\n", '\nnonsense\n["no host", "x", {}]\n\'\'\'\n'))
+    second = make_proxy(
+        extra_dynamic_config={"http": {"middlewares": {"extra": {"headers": {"frameDeny": True}}}}}
+    )
+    await second.start()
+    assert await second.get_all_routes() == routes
+    assert who(port_of(second), "/user/a%2Bb@x/") == "a"
+    assert who(port_of(second), "/mine") == "418"
+    table = tomli.loads(rules.read_text())
+    assert table["http"]["middlewares"]["t"]["headers"] == {"a": {"b": "{{ x }}"}}
+    assert "{{" not in rules.read_text()
+    assert table["http"]["middlewares"]["extra"] == {"headers": {"frameDeny": True}}
+    await second.stop()
+    assert set(tomli.loads(rules.read_text())["http"]["routers"]) == {"mine"}
+    assert os.listdir(make_proxy.directory) == ["rules.toml"], "what is not ours is not removed"
+
+
+@pytest.mark.process
+async def test_a_dynamic_file_that_is_not_toml_is_moved_aside(
+    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_proxy()
+    files_of(made)[1].write_text("[http\n")
+    await made.start()
+    assert await made.get_all_routes() == {}
+    (aside,) = make_proxy.directory.glob("rules.toml.bad-*")
+    assert aside.read_text() == "[http\n"
+    assert (
+        f"is not TOML (Expected ']' at the end of a table declaration (at line 1, col"
+        in caplog.text
+    )
+    assert str(aside) in caplog.text
+
+
+@pytest.mark.process
+async def test_edits_of_other_people_survive(managed: TraefikTomlProxy, backends: Backends) -> None:
+    rules = files_of(managed)[1]
+    foreign = '[http.routers.mine]\nrule = "Path(`/mine`)"\nservice = "noop@internal"\n'
+    rules.write_text(rules.read_text() + foreign)
+    await managed.add_route("/user/a/", backends("a"), {})
+    assert who(port_of(managed), "/mine") == "418"
+    rules.unlink()
+    await managed.add_route("/user/b/", backends("b"), {})
+    assert who(port_of(managed), "/user/a/") == "a"
+    assert "mine" not in tomli.loads(rules.read_text())["http"]["routers"]
+    name = proxy.route_name("/user/c/")
+    rules.write_text(rules.read_text() + f'[http.routers.{name}]\nrule = "Path(`/x`)"\n')
+    await managed.add_route("/user/c/", backends("c"), {})
+    assert who(port_of(managed), "/user/c/") == "c"
+
+
+@pytest.mark.process
+async def test_secrets_are_not_in_the_log(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    log = logging.getLogger("secrets")
+    made = make_proxy(traefik_log_level="DEBUG", traefik_api_password="hunter2hunter2", log=log)
+    await made.start()
+    await made.add_route("/user/a/", backends("a"), {})
+    await made.stop()
+    digest = made.traefik_api_hashed_password.rsplit("$", 1)[1]
+    assert "Traefik serves 1 changed routes, 1 in all" in caplog.text
+    assert "Configuration received" in caplog.text
+    for secret in ("hunter2", digest, "PRIVATE KEY"):
+        assert secret not in caplog.text
+
+
+@pytest.mark.process
+async def test_the_defaults_that_hurt_jupyter_are_changed(make_proxy: ProxyFactory) -> None:
+    made = make_proxy(
+        extra_static_config={"entryPoints": {"http": {"http": {"maxHeaderBytes": 2097152}}}}
+    )
+    await made.start()
+    static = tomli.loads(files_of(made)[0].read_text())
+    http_entry = static["entryPoints"]["http"]
+    assert http_entry["transport"]["respondingTimeouts"]["readTimeout"] == "0s"
+    assert http_entry["transport"]["lifeCycle"]["graceTimeOut"] == "0s"
+    assert http_entry["http"]["maxHeaderBytes"] == 2097152
+    assert all(http_entry["http"]["encodedCharacters"].values())
+    assert static["providers"]["providersThrottleDuration"] == "0s"
+    assert static["global"] == {"checkNewVersion": False, "sendAnonymousUsage": False}
+
+
+@pytest.mark.process
+async def test_https_with_a_certificate_of_ones_own(
+    make_proxy: ProxyFactory, backends: Backends, tmp_path: Path
+) -> None:
+    certificate = proxy.placeholder_certificate()
+    assert certificate is not None
+    for name, pem in certificate.items():
+        (tmp_path / name).write_text(pem)
+    files = {"ssl_cert": str(tmp_path / "certFile"), "ssl_key": str(tmp_path / "keyFile")}
+    port, api_port = free_port(), free_port()
+    made = make_proxy(
+        public_url=f"https://127.0.0.1:{port}",
+        traefik_api_url=f"https://127.0.0.1:{api_port}",
+        traefik_api_validate_cert=False,
+        **files,
+    )
+    assert made.traefik_entrypoint == "https"
+    await made.start()
+    await made.add_route("/", backends("hub"), {})
+    served = ssl.get_server_certificate(("127.0.0.1", port))
+    assert served.split() == certificate["certFile"].split()
+    context = ssl._create_unverified_context()
+    connection = http.client.HTTPSConnection("127.0.0.1", port, context=context)
+    connection.request("GET", "/")
+    assert json.loads(connection.getresponse().read())["who"] == "hub"
+    connection.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# External mode
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.process
+async def test_an_external_file_is_the_administrators(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    rules = make_proxy.directory / "rules.toml"
+    mine = '[http.routers.mine]\nrule = "Path(`/mine`)"\nservice = "noop@internal"\n'
+    rules.write_text(f"[http.services]\n{mine}")
+    rules.chmod(0o644)
+    made = make_proxy.external()
+    await made.add_route("/user/a/", backends("a"), {"user": "a"})
+    assert who(port_of(made), "/user/a/") == "a"
+    assert who(port_of(made), "/mine") == "418"
+    assert rules.stat().st_mode & 0o777 == 0o644
+    api_port = int(made.traefik_api_url.rsplit(":", 1)[1])
+    assert fetch(api_port, "/api/version")[0] == 401
+    basic = {"Authorization": "Basic " + base64.b64encode(b"abc:xxx").decode()}
+    assert fetch(api_port, "/api/version", basic)[0] == 200
+    await made.stop()
+    assert who(port_of(made), "/user/a/") == "a", "the hub neither stops Traefik nor removes routes"
+
+    again = make_proxy(
+        should_start=False,
+        public_url=made.public_url,
+        traefik_api_url=made.traefik_api_url,
+        traefik_api_username="new",
+        traefik_api_password="also new",
+    )
+    assert set(await again.get_all_routes()) == {"/user/a/"}
+    assert fetch(api_port, "/api/version", basic)[0] == 401
+    table = tomli.loads(rules.read_text())["http"]["routers"]
+    assert set(table) == {"mine", "jupyterhub-api", proxy.CANARY, "_user_a_"}
+
+
+@pytest.mark.process
+async def test_missing_credentials_name_the_options(make_proxy: ProxyFactory) -> None:
+    made = make_proxy(should_start=False)
+    words = "TraefikTomlProxy.traefik_api_username and c.TraefikTomlProxy.traefik_api_password"
+    with pytest.raises(ValueError, match=words):
+        await made.get_all_routes()
+    assert os.listdir(make_proxy.directory) == []
+
+
+@pytest.mark.process
+async def test_an_api_that_the_administrator_opens(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    made = make_proxy(
+        should_start=False, enable_setup_dynamic_config=False, traefik_entrypoint="web"
+    )
+    static = {
+        "api": {"insecure": True},
+        "entryPoints": {
+            "web": {"address": f"127.0.0.1:{port_of(made)}"},
+            "traefik": {"address": made.traefik_api_url.split("/")[2]},
+        },
+        "providers": {"file": {"filename": made.toml_dynamic_config_file}},
+    }
+    static_file = make_proxy.directory / "static.toml"
+    static_file.write_text(tomli_w.dumps(static))
+    make_proxy.start_traefik(str(static_file), installed_traefik())
+    await made.add_route("/user/a/", backends("a"), {})
+    assert who(port_of(made), "/user/a/") == "a"
+    table = tomli.loads(files_of(made)[1].read_text())
+    assert "jupyterhub-api" not in table["http"]["routers"]
+    assert "tls" not in table
+
+
+@pytest.mark.process
+async def test_an_entry_point_that_does_not_exist(make_proxy: ProxyFactory) -> None:
+    made = make_proxy.external(traefik_entrypoint="web")
+    with pytest.raises(RuntimeError, match=r'refuses the routes.*"web" doesn.*traefik_entrypoint'):
+        await made.get_all_routes()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"HTTP/1.1 401 No\r\n\r\n", "refuses the credentials"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[]", "not as Traefik's API does"),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"rule": "old"}', "still shows an older version"),
+        (None, "timed out"),
+    ],
+)
+async def test_a_traefik_that_does_not_follow(
+    make_proxy: ProxyFactory, answer: bytes | None, words: str
+) -> None:
+    with answering(answer) as (url, _):
+        made = make_proxy(
+            should_start=False,
+            traefik_api_url=url,
+            traefik_api_password="x",
+            check_route_timeout=0.3,
+        )
+        with pytest.raises(
+            TimeoutError, match=f"within 0.3 s .check_route_timeout.: {url}.*{words}"
+        ):
+            await made.get_all_routes()
+    assert files_of(made)[1].exists(), "Traefik will load it when it can"
+
+
+@pytest.mark.process
+async def test_where_an_external_file_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    home, here = tmp_path / "home", tmp_path / "here"
+    for directory in (home / ".traefik", here):
+        directory.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+
+    async def chosen() -> str:
+        made = TraefikTomlProxy(
+            app=stand_in_app(),
+            should_start=False,
+            log=logging.getLogger("where"),
+            traefik_api_url=f"http://127.0.0.1:{free_port()}",
+            traefik_api_password="x",
+            check_route_timeout=0.05,
+        )
+        with pytest.raises(TimeoutError):
+            await made.get_all_routes()
+        await made.stop()
+        assert f"Routes are in {made._file}" in caplog.text
+        return str(made._file)
+
+    assert await chosen() == str(here / "rules.toml")
+    (home / ".traefik" / "rules.toml").touch()
+    assert await chosen() == str(home / ".traefik" / "rules.toml")
+    etc = Path("/etc/traefik/rules.toml")
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: path == str(etc) or exists(path))
+    monkeypatch.setattr(proxy, "replace_file", lambda path, *_, **__: None)
+    monkeypatch.setattr(TraefikTomlProxy, "_check_directory", lambda *_: None)
+    assert await chosen() == str(etc)
+
+
+# ---------------------------------------------------------------------------------------------
+# Names are data, never code
+# ---------------------------------------------------------------------------------------------
+
+HARD_NAMES = [
+    "alice", "student0001", "a.b", "a-b", "a_b", "a~b", "~a", "A", "x" * 40, "x" * 1000, "é" * 300,
+    "a@example.com", "a+b@example.com", "a+b%c@example.com", "a b", " a", "a ", "a\tb", "a\nb",
+    "50%", "%", "%%", "%2F", "a%2Fb", "a%252Fb", "%41", "%7B%7B", "100%25", "a%zz",
+    "a/b", "a/b/c", "a%b/c", "a;b", "a,b", "a:b", "a=b", "a&b", "a!b", "a$b", "$1", "a*b", "a(b)",
+    "a?b", "?q=1", "a#b", "#", "a[b]", "[[a]]", "a{b}", "{{", "}}", '{{ env "HOME" }}',
+    "{{ range . }}", "a|b", "a^b", "a'b", "'''", 'a"b', '"""', "a\\b", "\\x41", "\\", "a`b", "`",
+    "x`) || PathPrefix(`/hub", "x`) || HostRegexp(`.*", ".*", "(?i)a", "a)b(", "[a-z]+", "^a$",
+    "学生", "студент", "طالب", "μαθητής", "🎓", "e\u0301", "\u202ea", "\x7f", "\x01", "a<b>", "İ",
+]  # fmt: skip
+
+
+def spellings(name: str) -> list[str]:
+    """JupyterHub's own, everything encoded in lower case, each character encoded; and plain ones."""
+    whole = "".join(f"%{byte:02X}" for byte in name.encode())
+    plain = urllib.parse.quote(name, safe="!$&'()*+,;=:@~[]")
+    quoted = urllib.parse.quote(name, safe="")
+    lower = re.sub(r"%..", lambda code: code[0].lower(), quoted)
+    return [urllib.parse.quote(name, safe="@~"), lower, whole, plain]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("version", [*OLD_VERSIONS, "newest"])
+async def test_hard_names_reach_their_servers_and_nothing_else(
+    make_proxy: ProxyFactory, backends: Backends, version: str
+) -> None:
+    made = make_proxy(command=[traefik_binary(version)])
+    await made.start()
+    port = port_of(made)
+    await made.add_route("/", backends("hub"), {"hub": True})
+    assert len(HARD_NAMES) >= 60
+    for name in HARD_NAMES:
+        routespec = f"/user/{urllib.parse.quote(name, safe='@~')}/"
+        await made.add_route(routespec, backends(name), {"user": name, "server_name": name})
+        assert who(port, "/hub/") == "hub", name
+        assert who(port, "/hub/login") == "hub", name
+        assert (await made.get_route(routespec))["data"]["user"] == name
+
+    def ask_all() -> None:
+        for name in HARD_NAMES:
+            for spelling in spellings(name):
+                for end in ("", "/", "/tree/x%2By"):
+                    path = f"/user/{spelling}{end}"
+                    assert who(port, path) == name, path
+                assert who(port, f"/user/{spelling}x/") == "hub"
+                assert who(port, f"/userx/{spelling}/") == "hub"
+
+    await asyncio.to_thread(ask_all)
+    text = files_of(made)[1].read_text()
+    assert "{{" not in text
+    assert len(tomli.loads(text)["http"]["routers"]) == len(HARD_NAMES) + 3
+    await asyncio.gather(*(made.delete_route(spec) for spec in await made.get_all_routes()))
+    assert await made.get_all_routes() == {}
+    assert who(port, "/hub/") == "404"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("version", ["3.0.4", "3.6.4"])
+async def test_an_external_traefik_of_another_version(
+    make_proxy: ProxyFactory, backends: Backends, version: str
+) -> None:
+    first = make_proxy.external()
+    await first.add_route("/user/a%25b/", backends("a%b"), {})
+    assert who(port_of(first), "/user/a%25b/") == "a%b"
+    make_proxy.processes[0].kill()
+    make_proxy.processes[0].wait()
+    static = str(make_proxy.directory / "admin-static" / "traefik.toml")
+    make_proxy.start_traefik(static, traefik_binary(version))
+    same = ("public_url", "traefik_api_url", "traefik_api_username", "traefik_api_password")
+    again = make_proxy(should_start=False, **{option: getattr(first, option) for option in same})
+    assert set(await again.get_all_routes()) == {"/user/a%25b/"}
+    await again.add_route("/user/a+b@c/", backends("a+b@c"), {})
+    for path in ("/user/a+b@c/", "/user/a%2bb%40c/", "/user/a%2Bb@c"):
+        assert who(port_of(again), path) == "a+b@c"
+    if version == "3.0.4":  # 3.6.4 refuses %25 unless the administrator allows it
+        assert who(port_of(again), "/user/a%25b/") == "a%b"
+
+
+# ---------------------------------------------------------------------------------------------
+# A whole JupyterHub
+# ---------------------------------------------------------------------------------------------
+
+
+async def run_in_kernel(hub: WholeHub, base: str, code: str) -> str:
+    """Start a kernel over HTTP, run code in it over its websocket, return what it printed."""
+    response = hub.request(f"{base}api/kernels", b"{}", "POST")
+    assert response.status == 201, response.read()
+    kernel = json.loads(response.read())["id"]
+    url = f"ws://127.0.0.1:{hub.port}{base}api/kernels/{kernel}/channels"
+    cookie = "; ".join(f"{name}={value}" for name, value in hub.cookies.items())
+    request = tornado.httpclient.HTTPRequest(url, headers={"Cookie": cookie, "Origin": hub.url})
+    connection = await tornado.websocket.websocket_connect(request)
+    header = {"msg_id": "1", "msg_type": "execute_request", "session": "s", "username": ""}
+    content = {"code": code, "silent": False}
+    message = {"header": header, "parent_header": {}, "metadata": {}, "content": content}
+    await connection.write_message(json.dumps({**message, "channel": "shell", "buffers": []}))
+    while True:
+        answer = json.loads(await asyncio.wait_for(connection.read_message(), 60))
+        if answer["msg_type"] == "stream":
+            connection.close()
+            return str(answer["content"]["text"])
+
+
+@pytest.mark.process
+@pytest.mark.hub
+def test_a_user_works_through_a_whole_jupyterhub(whole_hub: Callable[..., WholeHub]) -> None:
+    password = "a long password for the API"
+    hub = whole_hub(f"c.TraefikTomlProxy.traefik_api_password = {password!r}")
+    name = "a+b@example.com"
+    hub.log_in(urllib.parse.quote(name))
+    hub.follow(f"/hub/spawn/{name}")
+    base = f"/user/{urllib.parse.quote(name, safe='@~')}/"
+
+    def server_is_up() -> bool:
+        path, page = hub.follow(f"{base}lab")
+        return path.startswith(base) and "jupyter-config-data" in page
+
+    wait_until(server_is_up, 60)
+    hub.request(f"{base}lab")
+    assert asyncio.run(run_in_kernel(hub, base, "print(6 * 7)")) == "42\n"
+    rules = tomli.loads((hub.directory / "rules.toml").read_text())
+    assert proxy.route_name(base) in rules["http"]["routers"]
+
+    response = hub.request(f"/hub/api/users/{name}/server", method="DELETE")
+    assert response.status in (202, 204), response.read()
+    wait_until(lambda: hub.follow(f"{base}lab")[0].startswith("/hub/"), 30)
+    rules = tomli.loads((hub.directory / "rules.toml").read_text())
+    assert set(rules["http"]["routers"]) == {"_", "jupyterhub-api", proxy.CANARY}
+
+    hub.process.send_signal(signal.SIGINT)
+    assert hub.process.wait(30) == 0
+    assert not {"traefik.toml", "rules.toml"} & set(os.listdir(hub.directory))
+    log = hub.log()
+    assert "Traefik serves 1 changed routes" in log
+    assert "$apr1$" not in log
+    assert "Traceback" not in log
+    # traitlets itself shows configured values when it logs at debug level; we do not.
+    assert not [line for line in log.splitlines() if password in line and "Config" not in line]
+
+
+@pytest.mark.process
+@pytest.mark.hub
+def test_routes_in_disorder_are_repaired_by_the_hub(whole_hub: Callable[..., WholeHub]) -> None:
+    hub = whole_hub("c.Proxy.extra_routes = {'/extra/': 'http://127.0.0.1:1/x/'}")
+    assert hub.request("/hub/login").status == 200
+    assert hub.request("/extra/").status == 502
+    assert "Deleting stale route" not in hub.log()
+
+
+# ---------------------------------------------------------------------------------------------
+# README and packaging
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_readme_knows_every_option() -> None:
+    readme = (HERE / "README.md").read_text()
+    options = [
+        name for name in TraefikTomlProxy.class_own_traits(config=True) if not name.startswith("_")
+    ]
+    assert len(options) == 17
+    assert [name for name in options if f"`{name}`" not in readme] == []
+
+
+def test_every_option_has_a_help_text_of_its_own() -> None:
+    helps = [trait.help for trait in TraefikTomlProxy.class_own_traits(config=True).values()]
+    assert all(len(text) > 20 for text in helps)
+    assert len(set(helps)) == len(helps)
+
+
+def test_jupyterhub_finds_the_entry_point() -> None:
+    found = importlib.metadata.entry_points(group="jupyterhub.proxies", name="traefik_toml")
+    assert "traefik_toml_proxy:TraefikTomlProxy" in [point.value for point in found]
+
 
 # ---------------------------------------------------------------------------------------------
 # The benchmark: pytest -m benchmark -s
