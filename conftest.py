@@ -104,9 +104,11 @@ class Echo(tornado.web.RequestHandler):
 class EchoSocket(tornado.websocket.WebSocketHandler):
     """Sends back each message with the name of the backend in front."""
 
+    def prepare(self) -> None:
+        self.connection_port = self.request.connection.stream.socket.getsockname()[1]
+
     def on_message(self, message: str | bytes) -> None:
-        port = self.request.connection.stream.socket.getsockname()[1]
-        self.write_message(f"{self.settings['names'][port]}: {message!r}")
+        self.write_message(f"{self.settings['names'][self.connection_port]}: {message!r}")
 
 
 class Backends:
@@ -121,7 +123,7 @@ class Backends:
             self.loop = asyncio.get_running_loop()
             self.go_on = asyncio.Event()
             self._stop = asyncio.Event()
-            handlers = [(r"/.*/ws", EchoSocket), (r".*", Echo)]
+            handlers = [(r".*/ws", EchoSocket), (r".*", Echo)]
             app = tornado.web.Application(handlers, names=self._names, go_on=self.go_on)
             app.settings["log_function"] = lambda _: None
             self._server = tornado.httpserver.HTTPServer(app, max_body_size=1 << 30)

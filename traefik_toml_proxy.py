@@ -491,10 +491,16 @@ class TraefikProcess:
     """One running Traefik, its log lines passed on, its last ones kept."""
 
     def __init__(
-        self, command: Sequence[str], static_file: str, env: Mapping[str, str], log: logging.Logger
+        self,
+        command: Sequence[str],
+        static_file: str,
+        env: Mapping[str, str],
+        log: logging.Logger,
+        secret: str,
     ) -> None:
-        """Start Traefik. Raises ``RuntimeError``."""
+        """Start Traefik; the secret is kept out of the log. Raises ``RuntimeError``."""
         self._log = log
+        self._secret = secret
         self._words: deque[str] = deque(maxlen=5)
         self._stopping = False
         # Traefik's output comes as datagrams, one a line. Unlike a pipe they do not kill it with
@@ -532,7 +538,8 @@ class TraefikProcess:
 
     def _pass_on(self) -> None:
         while (data := self._output.recv(1 << 16)) or self._popen.returncode is None:
-            for line in data.decode(errors="replace").splitlines():
+            text = data.decode(errors="replace").replace(self._secret, "[hidden]")
+            for line in text.splitlines():
                 stamp, _, rest = line.partition(" ")
                 level = LOG_LEVELS.get(rest[:3], logging.INFO)
                 # The time stamp, like 2026-11-23T09:14:06Z, stands in the hub's log already.
@@ -823,7 +830,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             revision = self._write_routes(self._routes)
             self.log.info("Starting Traefik for %s with %s", self.public_url, static_file)
             env = {"GOGC": "200", **os.environ, **self.traefik_env}
-            self._process = TraefikProcess(command, static_file, env, self.log)
+            self._process = TraefikProcess(
+                command, static_file, env, self.log, self.traefik_api_hashed_password
+            )
             self._wait_for(revision)
         except BaseException:
             self._clean_up(remove_dynamic=not existed)
