@@ -8,12 +8,14 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -326,7 +328,13 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
         scripts = os.path.dirname(sys.executable)
         self.environ = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", **(environ or {})}
         self.process = self.start()
-        self.cookies: dict[str, str] = {}
+        self._cookies: dict[tuple[str, str], str] = {}  # by path and name
+
+    def cookies(self, url: str) -> dict[str, str]:
+        """Return the cookies for a URL, those of the nearest path."""
+        path = urllib.parse.urlsplit(url).path
+        near = sorted(item for item in self._cookies.items() if path.startswith(item[0][0]))
+        return {name: value for (_, name), value in near}
 
     def start(self) -> subprocess.Popen[bytes]:
         with open(self.log_file, "ab") as log:
@@ -357,9 +365,10 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
         """Send one request with the cookies so far, keep those that come back, follow nothing."""
         url = path if path.startswith("http") else self.url + path
         request = urllib.request.Request(url, data, method=method)
-        request.add_header("Cookie", "; ".join(f"{k}={v}" for k, v in self.cookies.items()))
-        if "_xsrf" in self.cookies:
-            request.add_header("X-XSRFToken", self.cookies["_xsrf"])
+        cookies = self.cookies(url)
+        request.add_header("Cookie", "; ".join(f"{k}={v}" for k, v in cookies.items()))
+        if "_xsrf" in cookies:
+            request.add_header("X-XSRFToken", cookies["_xsrf"])
 
         class NoRedirect(urllib.request.HTTPRedirectHandler):
             def redirect_request(self, *_: Any) -> None:
@@ -371,7 +380,8 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
             response = error
         for cookie in response.headers.get_all("Set-Cookie", []):
             name, _, value = cookie.split(";")[0].partition("=")
-            self.cookies[name] = value
+            path = re.search(r"path=([^;]*)", cookie, re.IGNORECASE)
+            self._cookies[path[1] if path else "/", name] = value
         return response
 
     def follow(self, path: str, data: bytes | None = None) -> tuple[str, str]:
@@ -384,9 +394,10 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
         raise AssertionError(f"too many redirects, last to {path}")
 
     def log_in(self, name: str, password: str = "") -> None:
-        self.cookies = {}
+        self._cookies = {}
         self.request("/hub/login")
-        form = f"username={name}&password={password}&_xsrf={self.cookies['_xsrf']}"
+        xsrf = self.cookies("/hub/login")["_xsrf"]
+        form = f"username={name}&password={password}&_xsrf={xsrf}"
         response = self.request("/hub/login", form.encode())
         assert response.status == 302, response.read()
 

@@ -1158,7 +1158,7 @@ async def run_in_kernel(hub: WholeHub, base: str, code: str) -> str:
     assert response.status == 201, response.read()
     kernel = json.loads(response.read())["id"]
     url = f"ws://127.0.0.1:{hub.port}{base}api/kernels/{kernel}/channels"
-    cookie = "; ".join(f"{name}={value}" for name, value in hub.cookies.items())
+    cookie = "; ".join(f"{name}={value}" for name, value in hub.cookies(url).items())
     request = tornado.httpclient.HTTPRequest(url, headers={"Cookie": cookie, "Origin": hub.url})
     connection = await tornado.websocket.websocket_connect(request)
     header = {"msg_id": "1", "msg_type": "execute_request", "session": "s", "username": ""}
