@@ -1351,6 +1351,7 @@ def contestant(kind: str, directory: Path, urls: dict[str, str]) -> Any:
         return ConfigurableHTTPProxy(app=app, hub=app.hub, public_url=public, **options)
     from jupyterhub_traefik_proxy.fileprovider import TraefikFileProviderProxy
 
+    os.environ["PATH"] = f"{os.path.dirname(installed_traefik())}:{os.environ['PATH']}"
     return TraefikFileProviderProxy(
         app=app,
         hub=app.hub,
@@ -1358,7 +1359,6 @@ def contestant(kind: str, directory: Path, urls: dict[str, str]) -> Any:
         traefik_api_url=api,
         traefik_api_username="api",
         traefik_api_password="secret",
-        command=[installed_traefik()],
         static_config_file=str(directory / "traefik.toml"),
         dynamic_config_file=str(directory / "rules.toml"),
     )
