@@ -23,6 +23,7 @@ import ssl
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -729,6 +730,7 @@ async def test_a_failed_write_raises_in_every_caller_and_changes_nothing(
         ({"extra_static_config": {"a": None}}, ValueError, "extra_static_config cannot be written"),
         ({"extra_dynamic_config": {"a": None}}, ValueError, "extra_dynamic_config cannot be wri"),
         ({"traefik_entrypoint": "auth_api"}, ValueError, "the API would be public"),
+        ({"traefik_api_hashed_password": "$apr1$a$b"}, ValueError, "is not that of traefik_api_p"),
         ({"traefik_api_username": "a:b"}, ValueError, "traefik_api_username must not"),
         ({"traefik_api_url": "http+unix://x"}, ValueError, "traefik_api_url is not of the form"),
         ({"public_url": "http+unix://x"}, ValueError, "JupyterHub.bind_url is not of the form"),
@@ -1230,6 +1232,49 @@ def test_the_readme_knows_every_option() -> None:
     ]
     assert len(options) == 17
     assert [name for name in options if f"`{name}`" not in readme] == []
+
+
+def readme_block(language: str, contains: str) -> str:
+    """Return the one fenced block of the README that contains a text."""
+    readme = (HERE / "README.md").read_text()
+    blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```$", readme, re.MULTILINE | re.DOTALL)
+    (found,) = [textwrap.dedent(block) for block in blocks if contains in block]
+    return found
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("own_api", [False, True])
+async def test_the_readmes_files_for_an_external_traefik_work(
+    make_proxy: ProxyFactory, backends: Backends, own_api: bool
+) -> None:
+    directory = make_proxy.directory / "traefik"
+    directory.mkdir()
+    made = make_proxy(
+        should_start=False,
+        enable_setup_dynamic_config=not own_api,
+        traefik_api_username="api_admin",
+        traefik_api_password="admin",
+        toml_dynamic_config_file=str(directory / "rules.toml"),
+    )
+    static = readme_block("toml", "[entryPoints.auth_api]")
+    static = static.replace(":8000", f":{port_of(made)}")
+    static = static.replace("127.0.0.1:8099", made.traefik_api_url.split("/")[2])
+    if own_api:
+        certificate = placeholder_certificate() or {}
+        (directory / "cert.pem").write_text(certificate["certFile"])
+        (directory / "key.pem").write_text(certificate["keyFile"])
+        own = readme_block("toml", "[http.routers.api]") + readme_block("toml", "[tls.stores")
+        (directory / "own.toml").write_text(own.replace("/var/lib/traefik", str(directory)))
+        filename = 'filename = "/var/lib/traefik/rules.toml"'
+        assert filename in static
+        static = static.replace(filename, 'directory = "/var/lib/traefik"')
+    static_file = make_proxy.directory / "traefik.toml"
+    static_file.write_text(static.replace("/var/lib/traefik", str(directory)))
+    make_proxy.start_traefik(str(static_file), installed_traefik())
+    await made.add_route("/user/a/", backends("a"), {})
+    assert who(port_of(made), "/user/a/") == "a"
+    api_port = int(made.traefik_api_url.rsplit(":", 1)[1])
+    assert fetch(api_port, "/dashboard/")[0] == 401
 
 
 def test_every_option_has_a_help_text_of_its_own() -> None:

@@ -61,9 +61,7 @@ __version__ = "1.0.0"
 
 Table = dict[str, Any]
 
-# ---------------------------------------------------------------------------------------------
-# Credentials
-# ---------------------------------------------------------------------------------------------
+# Credentials --------------------------------------------------------------------------------------
 
 # The alphabet of crypt(3), in its own order.
 CRYPT_ALPHABET = "./" + string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -135,9 +133,7 @@ def placeholder_certificate() -> Table | None:
     return {"certFile": certificate.decode(), "keyFile": private.decode()}
 
 
-# ---------------------------------------------------------------------------------------------
-# Routes: names are data, never code
-# ---------------------------------------------------------------------------------------------
+# Routes: names are data, never code ---------------------------------------------------------------
 
 
 class Route(NamedTuple):
@@ -289,9 +285,7 @@ url = "{server}"
     return Route(routespec, target, data, tables, line)
 
 
-# ---------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 ROUTE_TABLES = ("routers", "services", "middlewares")  # the tables in [http] of a route
 
@@ -376,9 +370,7 @@ def drop(table: Table, path: Sequence[str]) -> None:
         table.pop(key, None)
 
 
-# ---------------------------------------------------------------------------------------------
-# Traefik API
-# ---------------------------------------------------------------------------------------------
+# Traefik API --------------------------------------------------------------------------------------
 
 
 class APIError(Exception):
@@ -436,9 +428,7 @@ class TraefikAPI:
         raise APIError(f"{self.url} {reason}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Traefik process
-# ---------------------------------------------------------------------------------------------
+# Traefik process ----------------------------------------------------------------------------------
 
 Version = tuple[int, int, int]
 NEWEST: Version = (3, 999, 0)  # stands for a version that is not known, or not a release
@@ -562,9 +552,7 @@ class TraefikProcess:
                 self.ended.wait()
 
 
-# ---------------------------------------------------------------------------------------------
-# The proxy
-# ---------------------------------------------------------------------------------------------
+# The proxy ----------------------------------------------------------------------------------------
 
 # A router that matches nothing, renamed by each write. When the API shows the new rule, Traefik
 # has loaded that write; when it shows an error, the routes on the same entry point have it too.
@@ -588,8 +576,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     toml_static_config_file = Unicode(
         "traefik.toml",
         config=True,
-        help="""Path of Traefik's static configuration, which the proxy writes when it starts
-        Traefik and removes when it stops it. Not used when should_start is False.""",
+        help="""Path of Traefik's static configuration. The proxy writes it when it starts Traefik
+        and removes it when it stops Traefik. Not used when should_start is False.""",
     )
     toml_dynamic_config_file = Unicode(
         "rules.toml",
@@ -605,7 +593,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         on loopback, for whoever reads the API sees the hub's configuration.""",
     )
     traefik_api_username = Unicode(
-        "jupyterhub", config=True, help="""User name for Traefik's API, without a colon."""
+        "jupyterhub", config=True, help="User name for Traefik's API, without a colon."
     )
     traefik_api_password = Unicode(
         config=True,
@@ -618,18 +606,15 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         APR1 hash of traefik_api_password. Bcrypt costs Traefik 0.2 s at each change of a route.""",
     )
     traefik_api_validate_cert = Bool(
-        True, config=True, help="""Whether to check the certificate of an https traefik_api_url."""
+        True, config=True, help="Whether to check the certificate of an https traefik_api_url."
     )
     traefik_entrypoint = Unicode(
         config=True,
         help="""Traefik's entry point for the routes. Default: "https" where the hub's public URL
-        begins so, else "http". When should_start is False, the static configuration of the
-        administrator has to define it.""",
+        begins so, else "http". With should_start = False the administrator has to define it.""",
     )
     traefik_api_entrypoint = Unicode(
-        "auth_api",
-        config=True,
-        help="""Traefik's entry point for its API and dashboard; not that of the routes.""",
+        "auth_api", config=True, help="Traefik's entry point for its API; not that of the routes."
     )
     enable_setup_dynamic_config = Bool(
         True,
@@ -654,10 +639,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         ["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL", "PANIC"],
         "ERROR",
         config=True,
-        help="""Level of Traefik's own log, which appears in the hub's.""",
+        help="Level of Traefik's own log, which appears in the hub's.",
     )
     check_route_timeout = Float(
-        30.0, config=True, help="""How long to wait, in seconds, until Traefik serves a change."""
+        30.0, config=True, help="How long to wait, in seconds, until Traefik serves a change."
     )
     traefik_providers_throttle_duration = Unicode(
         "0s",
@@ -667,11 +652,11 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     )
     extra_static_config = Dict(
         config=True,
-        help="""Tables merged over Traefik's static configuration, when the hub starts Traefik.""",
+        help="Tables merged over Traefik's static configuration, when the hub starts Traefik.",
     )
     extra_dynamic_config = Dict(
         config=True,
-        help="""Tables merged over what the proxy writes into Traefik's dynamic configuration.""",
+        help="Tables merged over what the proxy writes into Traefik's dynamic configuration.",
     )
 
     @default("traefik_entrypoint")
@@ -880,6 +865,11 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             )
         if not self.traefik_api_username or ":" in self.traefik_api_username:
             raise ValueError("traefik_api_username must not be empty nor contain a colon")
+        hashed = self.traefik_api_hashed_password if self.traefik_api_password else ""
+        if hashed.startswith("$apr1$") and hashed != apr1_hash(
+            self.traefik_api_password, hashed.split("$")[2]
+        ):
+            raise ValueError("traefik_api_hashed_password is not that of traefik_api_password")
         split_address("traefik_api_url", self.traefik_api_url)
         self._api = TraefikAPI(
             self.traefik_api_url,
