@@ -824,18 +824,24 @@ async def test_routes_and_foreign_tables_of_an_earlier_hub_are_taken_over(
 
 
 @pytest.mark.process
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("[http\n", "Expected ']' at the end of a table declaration (at line 1, col"),
+        ("jupyterhub = 1\n", "'int' object has no attribute"),
+        ("[jupyterhub]\nowned = 'x'\n", "Expecting value"),
+    ],
+)
 async def test_a_dynamic_file_that_is_not_toml_is_moved_aside(
-    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture
+    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture, content: str, problem: str
 ) -> None:
     made = make_proxy()
-    files_of(made)[1].write_text("[http\n")
+    files_of(made)[1].write_text(content)
     await made.start()
     assert await made.get_all_routes() == {}
     (aside,) = make_proxy.directory.glob("rules.toml.bad-*")
-    assert aside.read_text() == "[http\n"
-    assert (
-        "is not TOML (Expected ']' at the end of a table declaration (at line 1, col" in caplog.text
-    )
+    assert aside.read_text() == content
+    assert f"is not TOML ({problem}" in caplog.text
     assert str(aside) in caplog.text
 
 

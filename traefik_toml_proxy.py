@@ -137,18 +137,14 @@ def placeholder_certificate() -> Table | None:
 
 
 class Route(NamedTuple):
-    """A route as JupyterHub knows it, and its two pieces of ``rules.toml``."""
+    """The two pieces of ``rules.toml`` that make a route."""
 
-    routespec: str  # "/user/alice/" or "alice.hub.example/user/alice/"
-    target: str  # "http://127.0.0.1:4321", perhaps with a path
-    data: str  # JSON object
-    tables: str  # its router and service for Traefik
+    tables: str  # router and service for Traefik
     line: str  # what JupyterHub wants back, as JSON: [routespec, target, data]
 
     def as_dict(self) -> Table:
-        """Return a copy in the form of ``Proxy.get_all_routes``."""
-        data = json.loads(self.data)
-        return {"routespec": self.routespec, "target": self.target, "data": data}
+        """Return a new copy in the form of ``Proxy.get_all_routes``."""
+        return dict(zip(("routespec", "target", "data"), json.loads(self.line), strict=True))
 
 
 def toml_string(text: str) -> str:
@@ -282,7 +278,7 @@ url = "{server}"
     # Traefik reads one long string much faster than as many tables.
     line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("'", "\\u0027")
     line = line.replace("\x7f", "\\u007f").replace("{{", "{\\u007b")
-    return Route(routespec, target, data, tables, line)
+    return Route(tables, line)
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -848,10 +844,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._version = parse_version(release)
         if self._version < (3, 0, 0):
             raise RuntimeError(f"{self._api.url} is Traefik {release}: {GET_TRAEFIK}")
-        routes = {
-            spec: self._make_route(spec, route.target, route.data)
-            for spec, route in self._routes.items()
-        }
+        routes = {}
+        for routespec, route in self._routes.items():
+            _, target, data = json.loads(route.line)
+            routes[routespec] = self._make_route(routespec, target, json.dumps(data))
         if routes != self._routes:  # an old version sees paths in another spelling
             self._routes = routes
             self._wait_for(self._write_routes(routes))
@@ -863,12 +859,11 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                 "traefik_api_entrypoint and traefik_entrypoint are both "
                 f"{self.traefik_entrypoint!r}: the API would be public"
             )
-        if not self.traefik_api_username or ":" in self.traefik_api_username:
+        if not re.fullmatch("[^:]+", self.traefik_api_username):
             raise ValueError("traefik_api_username must not be empty nor contain a colon")
-        hashed = self.traefik_api_hashed_password if self.traefik_api_password else ""
-        if hashed.startswith("$apr1$") and hashed != apr1_hash(
-            self.traefik_api_password, hashed.split("$")[2]
-        ):
+        hashed = self.traefik_api_hashed_password
+        apr1 = re.match(r"\$apr1\$([^$]*)\$", hashed)
+        if not hashed or (apr1 and hashed != apr1_hash(self.traefik_api_password, apr1[1])):
             raise ValueError("traefik_api_hashed_password is not that of traefik_api_password")
         split_address("traefik_api_url", self.traefik_api_url)
         self._api = TraefikAPI(
@@ -891,30 +886,28 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _read_file(self) -> list[str]:
         """Learn the tables of other people from the dynamic file; return its lines of routes."""
-        self._head, self._foreign = "", {}
+        self._head, self._foreign, self._written = "", {}, None
         try:
-            content, self._written = read_toml(self._file)
+            content, written = read_toml(self._file)
+            own = content.pop("jupyterhub", {})
+            lines = str(own.get("routes", {}).get("lines", "")).splitlines()
+            for path in json.loads(own.get("owned", "[]")):
+                drop(content, path)
         except FileNotFoundError:
-            self._written = None
             return []
         except OSError as error:
             message = f"cannot read {self._file} (toml_dynamic_config_file): {error.strerror}"
             raise OSError(error.errno, message) from None
-        except ValueError as error:
+        except (AttributeError, TypeError, ValueError) as error:
             aside = f"{self._file}.bad-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
             os.rename(self._file, aside)
-            self._written = None
             self.log.error("%s is not TOML (%s): moved to %s", self._file, error, aside)
             return []
-        own = content.pop("jupyterhub", {})
-        lines = str(own.get("routes", {}).get("lines", "")).splitlines()
-        for path in json.loads(own.get("owned", "[]")):
-            drop(content, path)
         for line in lines:
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 for kind in ROUTE_TABLES:
                     drop(content, ("http", kind, route_name(json.loads(line)[0])))
-        self._foreign = content
+        self._foreign, self._written = content, written
         return lines
 
     def _stop(self) -> None:
@@ -1051,9 +1044,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             return
         revision = self._write_routes(routes)
         self._routes = routes
-        for routespec in batch.changes:
-            target = routes[routespec].target if routespec in routes else "deleted"
-            self.log.debug("Route %s: %s", routespec, target)
+        for routespec, change in batch.changes.items():
+            if routespec not in batch.refused:
+                self.log.debug("Route %s: %s", routespec, change[0] if change else "deleted")
         self._wait_for(revision)
         took = (time.monotonic() - began) * 1000
         changed, total = len(batch.changes), len(routes)
