@@ -179,6 +179,13 @@ def test_a_server_called_a_slash_does_not_take_the_url_of_a() -> None:
         assert matches(rule, "/user/u/a%2F/x" if partly_encoded else "/user/u/a//x")
 
 
+def test_an_encoded_slash_is_not_the_root() -> None:
+    for partly_encoded in (True, False):
+        rule, _ = proxy.route_rule("/%2F/", partly_encoded)
+        assert not any(matches(rule, path) for path in ("/", "/hub/", "/x"))
+        assert matches(rule, "/%2F/" if partly_encoded else "///")
+
+
 @pytest.mark.parametrize("routespec", ["/user/%ff/", "/user/\ud800/", "a host/user/", "*/"])
 def test_routespecs_that_are_none(routespec: str) -> None:
     with pytest.raises(ValueError, match="routespec"):
@@ -231,7 +238,15 @@ def test_targets(target: str, parts: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     "target",
     ["", "127.0.0.1:80", "ftp://a", "http://", "http://a:0", "http://a:65536", "http://u:p@a"]
-    + ["http://a?b", "http://a/#b", "http://a b", "http://a\n", "http+unix://%2Fsock", "http://{{"],
+    + [
+        "http://a/\ud800",
+        "http://a?b",
+        "http://a/#b",
+        "http://a b",
+        "http://a\n",
+        "http+unix://%2Fsock",
+        "http://{{",
+    ],
 )
 def test_targets_that_are_none(target: str) -> None:
     with pytest.raises(ValueError, match="target|unix socket"):
@@ -253,7 +268,9 @@ def test_addresses(url: str, address: tuple[str, bool]) -> None:
     assert proxy.split_address("option", url) == address
 
 
-@pytest.mark.parametrize("url", ["http+unix://%2Fs", "127.0.0.1:80", "http://u:p@a", "http://a:x"])
+@pytest.mark.parametrize(
+    "url", ["http://a:0", "http+unix://%2Fs", "127.0.0.1:80", "http://u:p@a", "http://a:x"]
+)
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ValueError, match="option is not of the form"):
         proxy.split_address("option", url)
@@ -699,6 +716,15 @@ async def test_bad_input_raises_and_changes_nothing(managed: TraefikTomlProxy) -
     )
     assert [type(result) for result in results] == [ValueError, type(None)]
     assert set(await managed.get_all_routes()) == {"/", "/user/b/"}
+    results = await asyncio.gather(  # each caller gets its own answer, and the good one holds
+        managed.add_route("/user/c/", good, {}),
+        managed.add_route("/user/c/", "ftp://x", {}),
+        managed.add_route("/user/d/", "ftp://x", {}),
+        managed.add_route("/user/d/", good, {}),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results] == [type(None), ValueError, ValueError, type(None)]
+    assert set(await managed.get_all_routes()) == {"/", "/user/b/", "/user/c/", "/user/d/"}
 
 
 @pytest.mark.process
@@ -728,7 +754,12 @@ async def test_a_failed_write_raises_in_every_caller_and_changes_nothing(
         ({"command": ["nowhere"]}, RuntimeError, "no program 'nowhere' on PATH: install"),
         ({"extra_static_config": {"api": {"odd": 1}}}, RuntimeError, "exited with code 1.*odd"),
         ({"extra_static_config": {"a": None}}, ValueError, "extra_static_config cannot be written"),
-        ({"extra_dynamic_config": {"a": None}}, ValueError, "extra_dynamic_config cannot be wri"),
+        (
+            {"extra_dynamic_config": {"a": {"b": None}}},
+            ValueError,
+            "extra_dynamic_config cannot be",
+        ),
+        ({"extra_dynamic_config": {"a": 1}}, ValueError, "extra_dynamic_config: a has to be a"),
         ({"traefik_entrypoint": "auth_api"}, ValueError, "the API would be public"),
         ({"traefik_api_hashed_password": "$apr1$a$b"}, ValueError, "is not that of traefik_api_p"),
         ({"traefik_api_username": "a:b"}, ValueError, "traefik_api_username must not"),
@@ -764,6 +795,58 @@ async def test_a_port_in_use_is_reported_at_once(make_proxy: ProxyFactory) -> No
         assert time.monotonic() - began < made.check_route_timeout / 2
     assert os.listdir(make_proxy.directory) == []
     await made.start()
+
+
+@pytest.mark.process
+async def test_a_port_held_by_a_mute_server_is_reported_at_once(make_proxy: ProxyFactory) -> None:
+    with answering(None) as (url, _):
+        made = make_proxy(traefik_api_url=url)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="(?s)exited with code 1.*address already in use"):
+            await made.start()
+        assert time.monotonic() - began < made.check_route_timeout / 2
+
+
+@pytest.mark.process
+async def test_a_refused_file_is_reported_with_traefiks_words(make_proxy: ProxyFactory) -> None:
+    made = make_proxy(
+        extra_dynamic_config={"http": {"routers": {"x": {"bogus": 1}}}}, check_route_timeout=2
+    )
+    with pytest.raises(TimeoutError, match="(?s)nothing of this proxy's file.*node: bogus"):
+        await made.start()
+
+
+@pytest.mark.process
+async def test_a_cancelled_start_leaves_nothing(make_proxy: ProxyFactory) -> None:
+    made = make_proxy()
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(made.start(), 0.15)
+    assert os.listdir(make_proxy.directory) == []
+    assert made._process is None
+    await made.start()
+    await made.add_route("/", "http://127.0.0.1:1", {})
+
+
+@pytest.mark.process
+async def test_a_wrapper_is_stopped_with_its_traefik(
+    make_proxy: ProxyFactory, tmp_path: Path, backends: Backends
+) -> None:
+    (tmp_path / "bin").mkdir()
+    wrapper = script(tmp_path / "bin" / "wrapper", f'{installed_traefik()} "$@"\nexit 0')
+    made = make_proxy(command=[wrapper])
+    await made.start()
+    await made.add_route("/", backends("hub"), {})
+    assert who(port_of(made), "/") == "hub"
+    await made.stop()
+    with pytest.raises(OSError, match="refused"):
+        fetch(port_of(made), "/")
+
+
+@pytest.mark.process
+async def test_a_certificate_that_is_of_no_use(make_proxy: ProxyFactory, tmp_path: Path) -> None:
+    made = make_proxy(public_url=f"https://:{free_port()}", ssl_cert=str(tmp_path / "none.pem"))
+    with pytest.raises(ValueError, match=r"JupyterHub.ssl_cert .*none.pem and ssl_key .* No such"):
+        await made.start()
 
 
 @pytest.mark.process
@@ -824,25 +907,35 @@ async def test_routes_and_foreign_tables_of_an_earlier_hub_are_taken_over(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("[http\n", "Expected ']' at the end of a table declaration (at line 1, col"),
-        ("jupyterhub = 1\n", "'int' object has no attribute"),
-        ("[jupyterhub]\nowned = 'x'\n", "Expecting value"),
-    ],
-)
 async def test_a_dynamic_file_that_is_not_toml_is_moved_aside(
-    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture, content: str, problem: str
+    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = make_proxy()
-    files_of(made)[1].write_text(content)
+    files_of(made)[1].write_text("[http\n")
     await made.start()
     assert await made.get_all_routes() == {}
     (aside,) = make_proxy.directory.glob("rules.toml.bad-*")
-    assert aside.read_text() == content
-    assert f"is not TOML ({problem}" in caplog.text
+    assert aside.read_text() == "[http\n"
+    assert "is not TOML (Expected ']' at the end of a table declaration (at line 1" in caplog.text
     assert str(aside) in caplog.text
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("own", ["jupyterhub = 1", "[jupyterhub]\nowned = 'me'"])
+async def test_a_table_of_ours_that_was_edited_does_not_cost_foreign_ones(
+    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture, own: str
+) -> None:
+    made = make_proxy()
+    rules = files_of(made)[1]
+    mine = '[http.routers.mine]\nrule = "PathPrefix(`/mine`)"\nservice = "noop@internal"\n'
+    rules.write_text(f"{own}\n{mine}")
+    await made.start()
+    assert "[jupyterhub] was edited" in caplog.text
+    assert who(port_of(made), "/mine") == "418"
+    caplog.clear()
+    await made.add_route("/user/a/", "http://127.0.0.1:1", {})
+    assert who(port_of(made), "/mine") == "418"
+    assert caplog.text == ""
 
 
 @pytest.mark.process
@@ -1008,7 +1101,10 @@ async def test_an_entry_point_that_does_not_exist(make_proxy: ProxyFactory) -> N
     [
         (b"HTTP/1.1 401 No\r\n\r\n", "refuses the credentials"),
         (b"HTTP/1.1 200 OK\r\n\r\n[]", "not as Traefik's API does"),
-        (b'HTTP/1.1 200 OK\r\n\r\n{"rule": "old"}', "still shows an older version"),
+        (
+            b'HTTP/1.1 200 OK\r\n\r\n{"rule": "old", "status": "enabled"}',
+            "still shows an older version",
+        ),
         (None, "timed out"),
     ],
 )
