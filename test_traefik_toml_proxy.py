@@ -808,6 +808,41 @@ async def test_a_port_held_by_a_mute_server_is_reported_at_once(make_proxy: Prox
 
 
 @pytest.mark.process
+async def test_a_traefik_left_over_is_not_taken_for_ones_own(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    first = make_proxy()
+    await first.start()
+    await first.add_route("/user/a/", backends("a"), {})
+    first._process.stop = lambda: None  # the hub died: nobody stops Traefik, nothing is removed
+    rules = files_of(first)[1]
+    same = {"public_url": first.public_url, "traefik_api_url": first.traefik_api_url}
+    second = make_proxy(**same)
+    with pytest.raises(RuntimeError, match="(?s)exited with code 1.*address already in use"):
+        await second.start()
+    assert set(tomli.loads(rules.read_text())["http"]["routers"]) >= {"_user_a_"}
+    assert who(port_of(first), "/user/a/") == "a", "users go on working"
+    os.killpg(first._process.pid, signal.SIGKILL)
+    first._process.ended.wait()
+    await second.start()
+    assert set(await second.get_all_routes()) == {"/user/a/"}
+    assert who(port_of(second), "/user/a/") == "a"
+
+
+@pytest.mark.process
+async def test_a_traefik_that_dies_is_in_the_log(
+    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_proxy()
+    await made.start()
+    os.kill(made._process.pid, signal.SIGKILL)
+    made._process.ended.wait()
+    wait_until(lambda: "No user is served until the hub restarts. Traefik exited" in caplog.text)
+    with pytest.raises(RuntimeError, match="Traefik exited with code -9"):
+        await made.add_route("/", "http://127.0.0.1:1", {})
+
+
+@pytest.mark.process
 async def test_a_refused_file_is_reported_with_traefiks_words(make_proxy: ProxyFactory) -> None:
     made = make_proxy(
         extra_dynamic_config={"http": {"routers": {"x": {"bogus": 1}}}}, check_route_timeout=2

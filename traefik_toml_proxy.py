@@ -409,6 +409,14 @@ class TraefikAPI:
             _NoRedirect(),
         )
 
+    def listens(self) -> bool:
+        """Return whether anything accepts connections at the URL."""
+        parts = urlsplit(self.url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        with contextlib.suppress(OSError), socket.create_connection((parts.hostname, port), 1):
+            return True
+        return False
+
     def get(self, path: str, timeout: float) -> Any:
         """Return the JSON answer for a path. Raises ``APIError``; timeout in seconds."""
         request = urllib.request.Request(self.url + path, headers=self._headers)  # noqa: S310
@@ -497,7 +505,7 @@ class TraefikProcess:
         self._log = log
         self._secret = secret
         self._words: deque[str] = deque(maxlen=5)
-        self._stopping = False
+        self.serving = self._stopping = False
         # Traefik's output comes as datagrams, one a line. Unlike a pipe they do not kill it with
         # SIGPIPE when the hub dies first; and where the hub hangs, a line is lost, not Traefik.
         self._output, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -529,6 +537,8 @@ class TraefikProcess:
             self._end_mark.send(b"")
         self._reader.join(1)  # the last words; a log that hangs must not hold up the rest
         self.ended.set()
+        if self.serving and not self._stopping:
+            self._log.critical("No user is served until the hub restarts. %s", self.last_words())
 
     def _pass_on(self) -> None:
         while (data := self._output.recv(1 << 16)) or self._popen.returncode is None:
@@ -825,14 +835,20 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self._write(static_file, static, "toml_static_config_file")
             revision = self._write_routes(self._routes)
             self.log.info("Starting Traefik for %s with %s", self.public_url, static_file)
+            # A Traefik left over from a hub that died would load the file and answer in place of
+            # ours, which can but end where the port is taken.
+            taken = self._api.listens()
             env = {"GOGC": "200", **os.environ, **self.traefik_env}
             self._process = TraefikProcess(
                 command, static_file, env, self.log, self.traefik_api_hashed_password
             )
+            if taken and not self._process.ended.wait(self.check_route_timeout):
+                raise RuntimeError(f"{self.traefik_api_url} is in use by another program")
             self._wait_for(revision)
         except BaseException:
             self._clean_up(remove_dynamic=not existed)
             raise
+        self._process.serving = True
         self.log.info("Traefik (pid %i) serves %s", self._process.pid, self._file)
 
     def _connect(self) -> None:
