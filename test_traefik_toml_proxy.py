@@ -765,8 +765,12 @@ async def test_a_failed_write_raises_in_every_caller_and_changes_nothing(
         ({"traefik_api_username": "a:b"}, ValueError, "traefik_api_username must not"),
         ({"traefik_api_url": "http+unix://x"}, ValueError, "traefik_api_url is not of the form"),
         ({"public_url": "http+unix://x"}, ValueError, "JupyterHub.bind_url is not of the form"),
-        ({"toml_static_config_file": "/no/t.toml"}, ValueError, "toml_static_config_file: the dir"),
-        ({"toml_dynamic_config_file": "/no/r.toml"}, ValueError, "toml_dynamic_config_file: the d"),
+        (
+            {"toml_static_config_file": "/no/t.toml"},
+            OSError,
+            "cannot write /no/t.toml .toml_static",
+        ),
+        ({"toml_dynamic_config_file": "/no/r.toml"}, OSError, "cannot write /no/r.toml .toml_dyn"),
         ({"toml_static_config_file": "/proc/t.toml"}, OSError, "toml_static_config_file"),
         (
             {"traefik_env": {"TRAEFIK_X": "1"}, "command": ["false"]},
@@ -852,11 +856,15 @@ async def test_a_refused_file_is_reported_with_traefiks_words(make_proxy: ProxyF
 
 
 @pytest.mark.process
-async def test_a_cancelled_start_leaves_nothing(make_proxy: ProxyFactory) -> None:
+async def test_a_cancelled_start_leaves_nothing(make_proxy: ProxyFactory, tmp_path: Path) -> None:
     made = make_proxy()
+    (tmp_path / "bin").mkdir()
+    slow = f'[ "$1" = version ] || sleep 20\nexec {installed_traefik()} "$@"'
+    made.command = [script(tmp_path / "bin" / "slow", slow)]
     with pytest.raises(asyncio.TimeoutError):
-        await asyncio.wait_for(made.start(), 0.15)
-    assert os.listdir(make_proxy.directory) == []
+        await asyncio.wait_for(made.start(), 0.5)
+    made.command = [installed_traefik()]
+    assert os.listdir(make_proxy.directory) == ["bin"]
     assert made._process is None
     await made.start()
     await made.add_route("/", "http://127.0.0.1:1", {})
@@ -1193,7 +1201,6 @@ async def test_where_an_external_file_is_looked_for(
     exists = os.path.exists
     monkeypatch.setattr(os.path, "exists", lambda path: path == str(etc) or exists(path))
     monkeypatch.setattr(proxy, "replace_file", lambda path, *_, **__: None)
-    monkeypatch.setattr(TraefikTomlProxy, "_check_directory", lambda *_: None)
     assert await chosen() == str(etc)
 
 

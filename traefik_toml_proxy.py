@@ -291,17 +291,15 @@ url = "{server}"
 # First line of a file that this proxy wrote and may therefore overwrite.
 WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
 
-# What tells one version of a file from another: inode, time of change in ns, size in bytes.
-Signature = tuple[int, int, int]
+Signature = tuple[int, int, int]  # of one version of a file: inode, time of change, size
 
 
 def signature(file: str | int) -> Signature | None:
     """Return the signature of a file, given its path or descriptor; None if there is none."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         status = os.stat(file)
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size
+    return None
 
 
 def replace_file(path: str, text: str, keep_mode: bool) -> Signature | None:
@@ -425,15 +423,11 @@ class TraefikAPI:
                 return json.loads(response.read(self.longest_answer))
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 401:
-                reason = (
-                    "refuses the credentials (401): set traefik_api_username and "
-                    "traefik_api_password to those that Traefik was given"
-                )
-            elif error.code == 404:
-                reason = "knows nothing of this proxy's file (404)"
-            else:
-                reason = f"answers with status {error.code}"
+            reason = {
+                401: "refuses the credentials (401): set traefik_api_username and "
+                "traefik_api_password to those that Traefik was given",
+                404: "knows nothing of this proxy's file (404)",
+            }.get(error.code, f"answers with status {error.code}")
         except (OSError, HTTPException) as error:
             reason = f"cannot be reached ({getattr(error, 'reason', None) or error})"
         except ValueError:
@@ -717,9 +711,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """Stop Traefik within a second and remove both files. Harmless when it does not run."""
         self._closing.set()
         async with self._lock:
+            if self._ready:
+                await self._in_thread(self._clean_up)
             self._ready = False
             if self._executor:
-                await self._in_thread(self._stop)
                 self._executor.shutdown(wait=False)
                 self._executor = None
 
@@ -826,7 +821,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self.log.info("Traefik %s: %s", ".".join(map(str, self._version)), command[0])
         static_file = os.path.abspath(self.toml_static_config_file)
         self._file = os.path.abspath(self.toml_dynamic_config_file)
-        self._check_directory(static_file, "toml_static_config_file")
         self._check_static_file(static_file)
         static = self._render(self._static_config(), "extra_static_config")
         existed = os.path.exists(self._file)
@@ -905,7 +899,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self.traefik_api_password,
             self.traefik_api_validate_cert,
         )
-        self._check_directory(self._file, "toml_dynamic_config_file")
         self._own = self._dynamic_config()
         self._render(self._own, "extra_dynamic_config")
         self._routes = {}
@@ -944,17 +937,15 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._foreign, self._written = content, written
         return lines
 
-    def _stop(self) -> None:
+    def _clean_up(self, remove_dynamic: bool = True) -> None:
+        """Stop the process, remove the files; tables of other people stay in the dynamic one."""
+        if not self.should_start:
+            return
+        files = [os.path.abspath(self.toml_static_config_file)]
         if self._process:
             self.log.info("Stopping Traefik (pid %i)", self._process.pid)
-            self._clean_up(remove_dynamic=True)
-
-    def _clean_up(self, remove_dynamic: bool) -> None:
-        """Stop the process, remove the files; tables of other people stay in the dynamic one."""
-        if self._process:
             self._process.stop()
             self._process = None
-        files = [os.path.abspath(self.toml_static_config_file)]
         if remove_dynamic and self._foreign:
             self._write(self._file, tomli_w.dumps(self._foreign), "toml_dynamic_config_file")
         elif remove_dynamic:
@@ -962,13 +953,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         for path in files:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-
-    def _check_directory(self, path: str, option: str) -> None:
-        directory = os.path.dirname(path)
-        if not os.path.isdir(directory):
-            raise ValueError(f"{option}: the directory {directory} does not exist")
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise ValueError(f"{option}: the directory {directory} cannot be written")
 
     def _check_static_file(self, path: str) -> None:
         """Refuse to overwrite, and later remove, a static file that somebody else wrote."""
@@ -989,20 +973,20 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/
         """
 
-        def entry_point(option: str, url: str, http: Table) -> Table:
+        def entry_point(option: str, url: str) -> Table:
             address, is_https = split_address(option, url)
-            http = {**http, **({"tls": {}} if is_https else {})}
             transport = {
                 "lifeCycle": {"graceTimeOut": "0s"},  # stop though websockets be open
                 "respondingTimeouts": {"readTimeout": "0s"},  # uploads may take their time
             }
-            return {"address": address, "transport": transport, **({"http": http} if http else {})}
+            table: Table = {"address": address, "transport": transport}
+            return {**table, "http": {"tls": {}}} if is_https else table
 
-        http: Table = {}
+        public = entry_point("JupyterHub.bind_url", self.public_url)
+        api = entry_point("traefik_api_url", self.traefik_api_url)
         if self._version >= (3, 6, 3):  # 3.6.3 to 3.6.6 refuse, say, a user called "a/b" or "50%"
-            http["encodedCharacters"] = {f"allowEncoded{name}": True for name in ENCODED}
-        public = entry_point("JupyterHub.bind_url", self.public_url, http)
-        api = entry_point("traefik_api_url", self.traefik_api_url, {})
+            allowed = {f"allowEncoded{name}": True for name in ENCODED}
+            public.setdefault("http", {})["encodedCharacters"] = allowed
         throttle = self.traefik_providers_throttle_duration
         config = {
             "global": {"checkNewVersion": False, "sendAnonymousUsage": False},
