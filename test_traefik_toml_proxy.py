@@ -818,7 +818,7 @@ async def test_a_traefik_left_over_is_not_taken_for_ones_own(
     first = make_proxy()
     await first.start()
     await first.add_route("/user/a/", backends("a"), {})
-    first._process.stop = lambda: None  # the hub died: nobody stops Traefik, nothing is removed
+    first._process.serving = False  # the hub died: nobody starts Traefik again
     rules = files_of(first)[1]
     same = {"public_url": first.public_url, "traefik_api_url": first.traefik_api_url}
     second = make_proxy(**same)
@@ -834,16 +834,28 @@ async def test_a_traefik_left_over_is_not_taken_for_ones_own(
 
 
 @pytest.mark.process
-async def test_a_traefik_that_dies_is_in_the_log(
-    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture
+async def test_a_traefik_that_dies_is_started_again(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = make_proxy()
     await made.start()
-    os.kill(made._process.pid, signal.SIGKILL)
-    made._process.ended.wait()
-    wait_until(lambda: "No user is served until the hub restarts. Traefik exited" in caplog.text)
-    with pytest.raises(RuntimeError, match="Traefik exited with code -9"):
-        await made.add_route("/", "http://127.0.0.1:1", {})
+    await made.add_route("/", backends("hub"), {})
+    process = made._process
+    for name in "abc":
+        pid = process.pid
+        os.kill(pid, signal.SIGKILL)
+        await made.add_route(f"/user/{name}/", backends(name), {})  # waits and succeeds
+        assert process.pid != pid
+        assert who(port_of(made), "/") == "hub"
+        assert who(port_of(made), f"/user/{name}/") == name
+    assert caplog.text.count("Traefik exited with code -9. Traefik said:") == 3
+    assert "Starting it again in 0.7 s" in caplog.text, "the pauses grow"
+    os.kill(process.pid, signal.SIGKILL)
+    await made.stop()  # while it would start again
+    assert process.ended.is_set()
+    assert os.listdir(make_proxy.directory) == []
+    with pytest.raises(OSError, match="refused"):
+        fetch(port_of(made), "/")
 
 
 @pytest.mark.process

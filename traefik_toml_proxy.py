@@ -485,7 +485,7 @@ LOG_LEVELS = {"DBG": logging.DEBUG, "WRN": logging.WARNING, "ERR": logging.ERROR
 
 
 class TraefikProcess:
-    """One running Traefik, its log lines passed on, its last ones kept."""
+    """One running Traefik: watched, started again when it dies, its log lines passed on."""
 
     def __init__(
         self,
@@ -496,46 +496,64 @@ class TraefikProcess:
         secret: str,
     ) -> None:
         """Start Traefik; the secret is kept out of the log. Raises ``RuntimeError``."""
-        self._log = log
-        self._secret = secret
+        self._command, self._env = [*command, "--configfile", static_file], env
+        self._log, self._secret = log, secret
         self._words: deque[str] = deque(maxlen=5)
-        self.serving = self._stopping = False
+        self.serving = False  # set once it has served; until then its end is a failed start
+        self.ended = threading.Event()  # for good
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()  # between stopping and starting again
+        self._drained = threading.Event()
         # Traefik's output comes as datagrams, one a line. Unlike a pipe they do not kill it with
         # SIGPIPE when the hub dies first; and where the hub hangs, a line is lost, not Traefik.
-        self._output, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._output, self._input = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         one_second = struct.pack("ll", 1, 0)  # struct timeval
-        child_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, one_second)
-        self._end_mark = child_end
+        self._input.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, one_second)
         try:
-            self._popen = subprocess.Popen(
-                [*command, "--configfile", static_file],
-                stdin=subprocess.DEVNULL,
-                stdout=child_end.fileno(),
-                stderr=child_end.fileno(),
-                env=env,
-                start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
-            )
+            self._spawn()
         except OSError as error:
             self._output.close()
-            child_end.close()
+            self._input.close()
             raise RuntimeError(f"cannot start {command[0]}: {error.strerror}") from None
-        self.pid = self._popen.pid
-        self.ended = threading.Event()
-        self._reader = threading.Thread(target=self._pass_on, name="traefik-log", daemon=True)
-        self._reader.start()
+        threading.Thread(target=self._pass_on, name="traefik-log", daemon=True).start()
         threading.Thread(target=self._watch, name="traefik-watch", daemon=True).start()
 
+    def _spawn(self) -> None:
+        self._popen = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._input.fileno(),
+            stderr=self._input.fileno(),
+            env=self._env,
+            start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
+        )
+        self.pid = self._popen.pid
+
     def _watch(self) -> None:
-        self._popen.wait()
-        with contextlib.suppress(OSError):
-            self._end_mark.send(b"")
-        self._reader.join(1)  # the last words; a log that hangs must not hold up the rest
+        """Wait for the process; start it again, with growing pauses when it dies young."""
+        pause = 0.0
+        while True:
+            began = time.monotonic()
+            self._popen.wait()
+            self._drained.clear()
+            with contextlib.suppress(OSError):
+                self._input.send(b"")  # the end mark; a log that hangs must not hold up the rest
+                self._drained.wait(1)
+            if self._stopping.is_set() or not self.serving:
+                break
+            pause = 0 if time.monotonic() - began > 60 else min(2 * pause + 0.1, 30)
+            self._log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
+            self._stopping.wait(pause)
+            with self._lock, contextlib.suppress(OSError):  # then the next turn tries again
+                if not self._stopping.is_set():
+                    self._spawn()
         self.ended.set()
-        if self.serving and not self._stopping:
-            self._log.critical("No user is served until the hub restarts. %s", self.last_words())
+        with contextlib.suppress(OSError):
+            self._input.send(b"")
 
     def _pass_on(self) -> None:
-        while (data := self._output.recv(1 << 16)) or self._popen.returncode is None:
+        while True:
+            data = self._output.recv(1 << 16)
             text = data.decode(errors="replace").replace(self._secret, "[hidden]")
             for line in text.splitlines():
                 stamp, _, rest = line.partition(" ")
@@ -543,8 +561,13 @@ class TraefikProcess:
                 # The time stamp, like 2026-11-23T09:14:06Z, stands in the hub's log already.
                 words = rest if stamp[:1].isdigit() else line
                 self._words.append(words)
-                self._log.log(logging.DEBUG if self._stopping else level, "Traefik: %s", words)
-        self._end_mark.close()
+                quiet = self._stopping.is_set()
+                self._log.log(logging.DEBUG if quiet else level, "Traefik: %s", words)
+            if not data:
+                self._drained.set()
+            if not data and self.ended.is_set():
+                break
+        self._input.close()
         self._output.close()
 
     def last_words(self) -> str:
@@ -556,10 +579,12 @@ class TraefikProcess:
 
     def stop(self) -> None:
         """End the process within a second, though websockets be open."""
-        self._stopping = True
+        with self._lock:
+            self._stopping.set()
         for number, patience in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 5)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, number)  # the whole group: the command may be a wrapper
+            if self._popen.returncode is None:  # else the pid may be somebody else's by now
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.pid, number)  # the whole group: the command may be a wrapper
             if self.ended.wait(patience):
                 break
 
