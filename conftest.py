@@ -349,11 +349,15 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
 
+    def port_is_free(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) != 0
+
     def wait_up(self) -> None:
         def up() -> bool:
             assert self.process.poll() is None, self.log()
             try:
-                return self.request("/hub/login").status == 200
+                return self.request("/hub/login").status in (200, 302)
             except OSError:
                 return False
 

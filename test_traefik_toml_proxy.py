@@ -792,11 +792,9 @@ async def test_a_start_that_fails_says_why_and_leaves_nothing(
 @pytest.mark.process
 async def test_a_port_in_use_is_reported_at_once(make_proxy: ProxyFactory) -> None:
     made = make_proxy()
-    with socket.create_server(("127.0.0.1", port_of(made))):
-        began = time.monotonic()
-        with pytest.raises(RuntimeError, match="(?s)exited with code 1.*address already in use"):
-            await made.start()
-        assert time.monotonic() - began < made.check_route_timeout / 2
+    in_use = pytest.raises(RuntimeError, match="(?s)exited with code 1.*address already in use")
+    with socket.create_server(("127.0.0.1", port_of(made))), in_use:
+        await made.start()  # and no TimeoutError
     assert os.listdir(make_proxy.directory) == []
     await made.start()
 
@@ -805,10 +803,8 @@ async def test_a_port_in_use_is_reported_at_once(make_proxy: ProxyFactory) -> No
 async def test_a_port_held_by_a_mute_server_is_reported_at_once(make_proxy: ProxyFactory) -> None:
     with answering(None) as (url, _):
         made = make_proxy(traefik_api_url=url)
-        began = time.monotonic()
         with pytest.raises(RuntimeError, match="(?s)exited with code 1.*address already in use"):
             await made.start()
-        assert time.monotonic() - began < made.check_route_timeout / 2
 
 
 @pytest.mark.process
@@ -1330,12 +1326,8 @@ async def run_in_kernel(hub: WholeHub, base: str, code: str) -> str:
             return str(answer["content"]["text"])
 
 
-@pytest.mark.process
-@pytest.mark.hub
-def test_a_user_works_through_a_whole_jupyterhub(whole_hub: Callable[..., WholeHub]) -> None:
-    password = "a long password for the API"
-    hub = whole_hub(f"c.TraefikTomlProxy.traefik_api_password = {password!r}")
-    name = "a+b@example.com"
+def start_server(hub: WholeHub, name: str) -> str:
+    """Log in, start a server and wait for JupyterLab; return the path of the server."""
     hub.log_in(urllib.parse.quote(name))
     hub.follow(f"/hub/spawn/{name}")
     base = f"/user/{urllib.parse.quote(name, safe='@~')}/"
@@ -1345,7 +1337,16 @@ def test_a_user_works_through_a_whole_jupyterhub(whole_hub: Callable[..., WholeH
         return path.startswith(base) and "jupyter-config-data" in page
 
     wait_until(server_is_up, 60)
-    hub.request(f"{base}lab")
+    return base
+
+
+@pytest.mark.process
+@pytest.mark.hub
+def test_a_user_works_through_a_whole_jupyterhub(whole_hub: Callable[..., WholeHub]) -> None:
+    password = "a long password for the API"
+    hub = whole_hub(f"c.TraefikTomlProxy.traefik_api_password = {password!r}")
+    name = "a+b@example.com"
+    base = start_server(hub, name)
     assert asyncio.run(run_in_kernel(hub, base, "print(6 * 7)")) == "42\n"
     rules = tomli.loads((hub.directory / "rules.toml").read_text())
     assert proxy.route_name(base) in rules["http"]["routers"]
@@ -1363,17 +1364,32 @@ def test_a_user_works_through_a_whole_jupyterhub(whole_hub: Callable[..., WholeH
     assert "Traefik serves 1 changed routes" in log
     assert "$apr1$" not in log
     assert "Traceback" not in log
-    # traitlets itself shows configured values when it logs at debug level; we do not.
-    assert not [line for line in log.splitlines() if password in line and "Config" not in line]
+    assert [line for line in log.splitlines() if password in line] == []
 
 
 @pytest.mark.process
 @pytest.mark.hub
-def test_routes_in_disorder_are_repaired_by_the_hub(whole_hub: Callable[..., WholeHub]) -> None:
+def test_a_hub_that_crashed_goes_on_serving_what_runs(whole_hub: Callable[..., WholeHub]) -> None:
     hub = whole_hub("c.Proxy.extra_routes = {'/extra/': 'http://127.0.0.1:1/x/'}")
-    assert hub.request("/hub/login").status == 200
+    base = start_server(hub, "alice")
+    kernels = hub.request(f"{base}api/kernels").read()
+    traefik = re.findall(r"Traefik \(pid (\d+)\) serves", hub.log())
+    hub.process.kill()
+    hub.process.wait()
+    assert hub.request(f"{base}api/kernels").read() == kernels, "Traefik goes on without the hub"
+    os.kill(int(traefik[-1]), signal.SIGTERM)
+    wait_until(hub.port_is_free)
+    stale = '["/user/stale/", "http://127.0.0.1:1", {"user": "stale"}]'
+    rules = hub.directory / "rules.toml"
+    rules.write_text(rules.read_text().replace("lines = '''", f"lines = '''\n{stale}"))
+    hub.process = hub.start()
+    hub.wait_up()
+    assert hub.request(f"{base}api/kernels").read() == kernels
     assert hub.request("/extra/").status == 502
-    assert "Deleting stale route" not in hub.log()
+    wait_until(lambda: "Deleting stale route /user/stale/" in hub.log())
+    wait_until(lambda: "stale" not in rules.read_text())
+    response = hub.request("/hub/api/users/alice/server", method="DELETE")
+    assert response.status in (202, 204), response.read()
 
 
 # ---------------------------------------------------------------------------------------------
