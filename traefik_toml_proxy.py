@@ -607,8 +607,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     toml_static_config_file = Unicode(
         "traefik.toml",
         config=True,
-        help="""Path of Traefik's static configuration. The proxy writes it when it starts Traefik
-        and removes it when it stops Traefik. Not used when should_start is False.""",
+        help="Path of Traefik's static configuration. Not used when should_start is False.",
     )
     toml_dynamic_config_file = Unicode(
         "rules.toml",
@@ -650,8 +649,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     enable_setup_dynamic_config = Bool(
         True,
         config=True,
-        help="""Whether rules.toml gets the router of Traefik's API with its password. Has an
-        effect when should_start is False: turn it off where other files open the API.""",
+        help="""With should_start = False, whether rules.toml opens Traefik's API, with the user
+        name and the hashed password. Turn it off where other files do.""",
     )
     command = Command(
         "traefik",
@@ -673,22 +672,16 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         help="Level of Traefik's own log, which appears in the hub's.",
     )
     check_route_timeout = Float(
-        30.0, config=True, help="How long to wait, in seconds, until Traefik serves a change."
+        30, config=True, help="How long to wait, in seconds, until Traefik serves a change."
     )
     traefik_providers_throttle_duration = Unicode(
         "0s",
         config=True,
         help="""How long Traefik waits between two reloads ("0s", "500ms"). Its own default, 2s,
-        makes each second change of a route that much slower.""",
+        delays each second change of a route.""",
     )
-    extra_static_config = Dict(
-        config=True,
-        help="Tables merged over Traefik's static configuration, when the hub starts Traefik.",
-    )
-    extra_dynamic_config = Dict(
-        config=True,
-        help="Tables merged over what the proxy writes into Traefik's dynamic configuration.",
-    )
+    extra_static_config = Dict(config=True, help="Tables merged over the static configuration.")
+    extra_dynamic_config = Dict(config=True, help="Tables merged over the dynamic configuration.")
 
     @default("traefik_entrypoint")
     def _default_entrypoint(self) -> str:
@@ -727,8 +720,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     async def start(self) -> None:
         """Write both files and start Traefik; return when it serves them.
 
-        Raises ``ValueError`` for options that cannot work, ``OSError`` for files that cannot be
-        read or written, and ``RuntimeError`` where Traefik does not start, with its own words.
+        Raises ``ValueError`` (options), ``OSError`` (files), ``RuntimeError`` (Traefik's words).
         """
         await self._set_up(self._start)
 
@@ -759,10 +751,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         await self._change(routespec, (target, text))
 
     async def delete_route(self, routespec: str) -> None:
-        """Delete a route, if there is one; return when requests do not reach it any more.
-
-        Raises as ``add_route`` does.
-        """
+        """Delete a route, if any; return when no request reaches it. Raises as ``add_route``."""
         routespec = self.validate_routespec(routespec)
         await self._be_ready()
         await self._change(routespec, None)
@@ -896,10 +885,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._version = parse_version(release)
         if self._version < (3, 0, 0):
             raise RuntimeError(f"{self._api.url} is Traefik {release}: {GET_TRAEFIK}")
-        routes = {}
-        for routespec, route in self._routes.items():
-            _, target, data = json.loads(route.line)
-            routes[routespec] = self._make_route(routespec, target, json.dumps(data))
+        routes = dict(self._parse_line(route.line) for route in self._routes.values())
         if routes != self._routes:  # an old version sees paths in another spelling
             self._routes = routes
             self._wait_for(self._write_routes(routes))
@@ -929,11 +915,15 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._routes = {}
         for line in self._read_file():
             try:
-                routespec, target, data = json.loads(line)
-                routespec = self.validate_routespec(routespec)
-                self._routes[routespec] = self._make_route(routespec, target, json.dumps(data))
+                routespec, route = self._parse_line(line)
+                self._routes[routespec] = route
             except (AttributeError, TypeError, ValueError) as error:
                 self.log.warning("%s: route %s left out: %s", self._file, line, error)
+
+    def _parse_line(self, line: str) -> tuple[str, Route]:
+        routespec, target, data = json.loads(line)
+        routespec = self.validate_routespec(routespec)
+        return routespec, self._make_route(routespec, target, json.dumps(data))
 
     def _read_file(self) -> list[str]:
         """Learn the tables of other people from the dynamic file; return its lines of routes."""
