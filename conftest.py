@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tomli
 import tomli_w
 import tornado.httpserver
 import tornado.netutil
@@ -253,6 +254,9 @@ class ProxyFactory:
         return proxy
 
     def start_traefik(self, static_file: str, binary: str) -> subprocess.Popen[bytes]:
+        provider = tomli.loads(Path(static_file).read_text())["providers"]["file"]
+        if "filename" in provider:  # Traefik never loads a file that is missing when it starts
+            Path(provider["filename"]).touch(mode=0o600)
         process = subprocess.Popen([binary, "--configfile", static_file])
         self.processes.append(process)
         return process
