@@ -1137,9 +1137,9 @@ lines = '''
         began = time.monotonic()
         problem, elapsed = "", 0.0
         while not problem or elapsed < self.check_route_timeout:
-            # Half of what Traefik took of late, then a fifteenth of the time so far: few requests
+            # A third of what Traefik took of late, then a fifteenth of the time so far: few requests
             # while it works, and little delay.
-            pause = max(0.5 * self._pace - elapsed, elapsed / 15, 0.0005)
+            pause = max(0.3 * self._pace - elapsed, elapsed / 15, 0.0003)
             if self._closing.wait(min(pause, 0.05)):
                 raise RuntimeError("the proxy was stopped before Traefik loaded the change")
             if self._process and self._process.ended.is_set():
