@@ -310,9 +310,12 @@ def replace_file(path: str, text: str, keep_mode: bool) -> Signature | None:
     failure the hub writes its routes again.
     """
     temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)  # of a hub that died while writing
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        handle = os.open(temporary, flags, 0o600)
+    except FileExistsError:  # left by a hub that died while writing
+        os.unlink(temporary)
+        handle = os.open(temporary, flags, 0o600)
     try:
         with open(handle, "w", encoding="utf-8") as file:
             if keep_mode and os.path.exists(path):
