@@ -1140,8 +1140,8 @@ lines = '''
         began = time.monotonic()
         problem, elapsed = "", 0.0
         while not problem or elapsed < self.check_route_timeout:
-            # A third of what Traefik took of late, then a fifteenth of the time so far: few requests
-            # while it works, and little delay.
+            # A third of what Traefik took of late, then a fifteenth of the time so far: few
+            # requests while it works, and little delay.
             pause = max(0.3 * self._pace - elapsed, elapsed / 15, 0.0003)
             if self._closing.wait(min(pause, 0.05)):
                 raise RuntimeError("the proxy was stopped before Traefik loaded the change")
