@@ -181,9 +181,9 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
     whatever the name. One ``PathRegexp`` costs Traefik less than ``PathPrefix || Path``, for it
     looks up the path once.
 
-    Traefik's default priority is the length of the rule, so longer prefixes win. Up to the first
-    slash after the base URL, where other people's routers are likely, the priority is that of a
-    plain ``PathPrefix``, lest a rule that is merely wordy come before a longer prefix of theirs.
+    Traefik's default priority is the length of the rule, so longer prefixes win. A path of one
+    segment, such as a base URL, has the priority of a plain ``PathPrefix``, so that a router of
+    other people for a path below it wins, too, though our rule be the wordier one.
 
     Raises ``ValueError`` where the host is no host name or the path is not UTF-8.
     """
