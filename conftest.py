@@ -227,9 +227,7 @@ class ProxyFactory:
         self.made.append(proxy)
         return proxy
 
-    def external(
-        self, provider: str = "filename", static: dict[str, Any] | None = None, **options: Any
-    ) -> TraefikTomlProxy:
+    def external(self, provider: str = "filename", **options: Any) -> TraefikTomlProxy:
         """Start Traefik as an administrator would; return a proxy that does not start it."""
         options = {"traefik_api_username": "abc", "traefik_api_password": "xxx", **options}
         proxy = self(should_start=False, **options)
@@ -249,7 +247,7 @@ class ProxyFactory:
         }
         static_file = self.directory / "admin-static" / "traefik.toml"
         static_file.parent.mkdir(exist_ok=True)
-        static_file.write_text(tomli_w.dumps(static if static is not None else config))
+        static_file.write_text(tomli_w.dumps(config))
         self.start_traefik(str(static_file), installed_traefik())
         return proxy
 
@@ -309,7 +307,7 @@ def port_of(proxy: TraefikTomlProxy) -> int:
 class WholeHub:
     """A JupyterHub in a process of its own, and a browser of sorts to use it with."""
 
-    def __init__(self, directory: Path, config: str = "", environ: Any = None) -> None:
+    def __init__(self, directory: Path, config: str) -> None:
         self.directory = directory
         self.port, self.hub_port, self.api_port = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -330,7 +328,7 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
 """
         )
         scripts = os.path.dirname(sys.executable)
-        self.environ = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", **(environ or {})}
+        self.environ = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"}
         self.process = self.start()
         self._cookies: dict[tuple[str, str], str] = {}  # by path and name
 
@@ -423,8 +421,8 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
 def whole_hub(tmp_path: Path) -> Iterator[Callable[..., WholeHub]]:
     hubs: list[WholeHub] = []
 
-    def make(config: str = "", **environ: str) -> WholeHub:
-        hubs.append(WholeHub(tmp_path, config, environ))
+    def make(config: str) -> WholeHub:
+        hubs.append(WholeHub(tmp_path, config))
         hubs[-1].wait_up()
         return hubs[-1]
 

@@ -420,9 +420,11 @@ def script(path: Path, text: str) -> str:
 
 
 def test_versions(tmp_path: Path) -> None:
-    assert proxy.parse_version("3.7.15") == (3, 7, 15)
-    assert proxy.parse_version("v3.6") == (3, 6, 0)
-    assert proxy.parse_version("dev") == proxy.NEWEST
+    assert proxy.parse_version("3.7.15", "it") == (3, 7, 15)
+    assert proxy.parse_version("v3.6", "it") == (3, 6, 0)
+    assert proxy.parse_version("dev", "it") == proxy.NEWEST
+    with pytest.raises(RuntimeError, match=r"^it is Traefik 2\.11\.0, too old: install Traefik 3"):
+        proxy.parse_version("2.11.0", "it")
     newest = proxy.command_version([installed_traefik()])
     assert (3, 6, 0) < newest < proxy.NEWEST
     one = script(tmp_path / "one", "echo 'Version:      v1.7.34\nCodename:     maroilles'")
@@ -452,6 +454,10 @@ def test_the_command_is_found_on_path_else_beside_python(
 # ---------------------------------------------------------------------------------------------
 # Managed mode
 # ---------------------------------------------------------------------------------------------
+
+
+# A router of somebody else; the service answers 418.
+MINE = '[http.routers.mine]\nrule = "PathPrefix(`/mine`)"\nservice = "noop@internal"\n'
 
 
 def files_of(made: TraefikTomlProxy) -> tuple[Path, Path]:
@@ -497,12 +503,7 @@ async def test_the_api_asks_for_credentials_and_is_not_public(managed: TraefikTo
     assert fetch(api_port, "/api/version", right)[0] == 200
     assert fetch(api_port, "/")[0] == 404
     assert len(managed.traefik_api_password) >= 43  # 32 random bytes
-    assert make_secret_of(managed) != managed.traefik_api_password
-
-
-def make_secret_of(made: TraefikTomlProxy) -> str:
-    """Return the password that another proxy would get."""
-    return str(TraefikTomlProxy(app=made.app).traefik_api_password)
+    assert TraefikTomlProxy(app=managed.app).traefik_api_password != managed.traefik_api_password
 
 
 async def check_routes_live(made: TraefikTomlProxy, backends: Backends) -> None:
@@ -600,15 +601,14 @@ async def test_a_cancelled_caller_leaves_its_batch_alone(
 async def test_stopping_ends_a_batch_that_waits(
     make_proxy: ProxyFactory, backends: Backends
 ) -> None:
-    made = make_proxy(traefik_env={"NOTHING": "in particular"})
+    made = make_proxy()
     await made.start()
     os.kill(made._process.pid, signal.SIGSTOP)  # a Traefik that hangs
     adding = asyncio.ensure_future(made.add_route("/user/a/", backends("a"), {}))
-    await asyncio.sleep(0.1)
-    made._api.get = lambda *_: (_ for _ in ()).throw(proxy.APIError("hangs"))
-    os.kill(made._process.pid, signal.SIGCONT)
+    while "/user/a/" not in files_of(made)[1].read_text():
+        await asyncio.sleep(0.01)
     await made.stop()
-    with contextlib.suppress(RuntimeError):
+    with pytest.raises(RuntimeError, match="was stopped before Traefik loaded the change"):
         await adding
     assert os.listdir(make_proxy.directory) == []
 
@@ -910,6 +910,13 @@ async def test_a_port_that_needs_permission(make_proxy: ProxyFactory) -> None:
 
 
 @pytest.mark.process
+async def test_a_static_path_that_is_a_directory(make_proxy: ProxyFactory, tmp_path: Path) -> None:
+    made = make_proxy(toml_static_config_file=str(tmp_path))
+    with pytest.raises(OSError, match=r"cannot read .*toml_static_config_file.: Is a directory"):
+        await made.start()
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("content", ["[entryPoints.web]\naddress = ':80'\n", "not TOML"])
 async def test_a_static_file_of_somebody_else_is_left_alone(
     make_proxy: ProxyFactory, content: str
@@ -933,10 +940,9 @@ async def test_routes_and_foreign_tables_of_an_earlier_hub_are_taken_over(
     await first.add_route("/user/a+b@x/", backends("a"), {"user": "a+b@x"})
     routes = await first.get_all_routes()
     rules = files_of(first)[1]
-    foreign = '[http.routers.mine]\nrule = "PathPrefix(`/mine`)"\nservice = "noop@internal"\n'
     text = (
         rules.read_text()
-        + foreign
+        + MINE
         + '[http.middlewares.t.headers.customRequestHeaders]\nb = "{{ x }}"\n'
     )
     await first.stop()
@@ -978,8 +984,7 @@ async def test_a_table_of_ours_that_was_edited_does_not_cost_foreign_ones(
 ) -> None:
     made = make_proxy()
     rules = files_of(made)[1]
-    mine = '[http.routers.mine]\nrule = "PathPrefix(`/mine`)"\nservice = "noop@internal"\n'
-    rules.write_text(f"{own}\n{mine}")
+    rules.write_text(f"{own}\n{MINE}")
     await made.start()
     assert "[jupyterhub] was edited" in caplog.text
     assert who(port_of(made), "/mine") == "418"
@@ -992,8 +997,7 @@ async def test_a_table_of_ours_that_was_edited_does_not_cost_foreign_ones(
 @pytest.mark.process
 async def test_edits_of_other_people_survive(managed: TraefikTomlProxy, backends: Backends) -> None:
     rules = files_of(managed)[1]
-    foreign = '[http.routers.mine]\nrule = "PathPrefix(`/mine`)"\nservice = "noop@internal"\n'
-    rules.write_text(rules.read_text() + foreign)
+    rules.write_text(rules.read_text() + MINE)
     await managed.add_route("/user/a/", backends("a"), {})
     assert who(port_of(managed), "/mine") == "418"
     rules.unlink()
@@ -1077,8 +1081,7 @@ async def test_an_external_file_is_the_administrators(
     make_proxy: ProxyFactory, backends: Backends
 ) -> None:
     rules = make_proxy.directory / "rules.toml"
-    mine = '[http.routers.mine]\nrule = "PathPrefix(`/mine`)"\nservice = "noop@internal"\n'
-    rules.write_text(f"[http.services]\n{mine}")
+    rules.write_text(f"[http.services]\n{MINE}")
     rules.chmod(0o644)
     made = make_proxy.external()
     await made.add_route("/user/a/", backends("a"), {"user": "a"})

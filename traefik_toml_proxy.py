@@ -149,10 +149,14 @@ class Route(NamedTuple):
         return dict(zip(("routespec", "target", "data"), json.loads(self.line), strict=True))
 
 
+def no_template(text: str) -> str:
+    """Escape ``{{`` in strings of TOML or JSON: Traefik runs the file as a Go template."""
+    return text.replace("{{", "{\\u007b")
+
+
 def toml_string(text: str) -> str:
-    """Return a TOML basic string. It holds no ``{{``: Traefik runs the file as a Go template."""
-    quoted = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return quoted.replace("{{", "{\\u007b")
+    """Return a TOML basic string that is no template."""
+    return no_template(json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f"))
 
 
 def route_name(routespec: str) -> str:
@@ -235,6 +239,9 @@ def split_target(target: str) -> tuple[str, str]:
     return found[1], unquote((found[3] or "").rstrip("/"))
 
 
+STANDARD_PORTS = {"http": 80, "https": 443}
+
+
 def split_address(option: str, url: str) -> tuple[str, bool]:
     """Return the address for Traefik to listen on, like ``[::1]:8000``, and whether it is https.
 
@@ -242,8 +249,7 @@ def split_address(option: str, url: str) -> tuple[str, bool]:
     """
     try:
         parts = urlsplit(url)
-        standard = {"http": 80, "https": 443}[parts.scheme]
-        port = standard if parts.port is None else parts.port
+        port = STANDARD_PORTS[parts.scheme] if parts.port is None else parts.port
         if "@" in parts.netloc or port == 0:
             raise ValueError
     except (KeyError, ValueError):
@@ -282,8 +288,7 @@ url = "{server}"
     # For a TOML literal string: no quote, no control character, no template. Line by line because
     # Traefik reads one long string much faster than as many tables.
     line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("'", "\\u0027")
-    line = line.replace("\x7f", "\\u007f").replace("{{", "{\\u007b")
-    return Route(tables, line)
+    return Route(tables, no_template(line.replace("\x7f", "\\u007f")))
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -300,6 +305,11 @@ def signature(file: str | int) -> Signature | None:
         status = os.stat(file)
         return status.st_ino, status.st_mtime_ns, status.st_size
     return None
+
+
+def file_error(verb: str, path: str, option: str, error: OSError) -> OSError:
+    """Return the same error, naming what was tried, the file, and the option to change."""
+    return OSError(error.errno, f"cannot {verb} {path} ({option}): {error.strerror}")
 
 
 def replace_file(path: str, text: str, keep_mode: bool) -> Signature | None:
@@ -413,8 +423,8 @@ class TraefikAPI:
     def listens(self) -> bool:
         """Return whether anything accepts connections at the URL."""
         parts = urlsplit(self.url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        with contextlib.suppress(OSError), socket.create_connection((parts.hostname, port), 1):
+        address = parts.hostname, parts.port or STANDARD_PORTS[parts.scheme]
+        with contextlib.suppress(OSError), socket.create_connection(address, 1):
             return True
         return False
 
@@ -448,10 +458,16 @@ GET_TRAEFIK = (
 )
 
 
-def parse_version(text: str) -> Version:
-    """Return (major, minor, patch) of a release; NEWEST where there is no such number."""
-    found = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", text)
-    return (int(found[1]), int(found[2]), int(found[3] or 0)) if found else NEWEST
+def parse_version(release: str, whose: str) -> Version:
+    """Return (major, minor, patch) of a release; NEWEST where there is no such number.
+
+    Raises ``RuntimeError`` naming whose version it is for anything older than Traefik 3.
+    """
+    found = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", release)
+    version = (int(found[1]), int(found[2]), int(found[3] or 0)) if found else NEWEST
+    if version < (3, 0, 0):
+        raise RuntimeError(f"{whose} is Traefik {release}, too old: {GET_TRAEFIK}")
+    return version
 
 
 def find_command(command: Sequence[str]) -> list[str]:
@@ -478,10 +494,7 @@ def command_version(command: Sequence[str]) -> Version:
     line = re.search(r"^Version:\s*(\S+)", answer, re.MULTILINE)
     if not line:
         raise RuntimeError(f"`{shown}` is not Traefik, it says {answer[:80]!r}: {GET_TRAEFIK}")
-    version = parse_version(line[1])
-    if version < (3, 0, 0):
-        raise RuntimeError(f"{command[0]} is Traefik {line[1]}, too old: {GET_TRAEFIK}")
-    return version
+    return parse_version(line[1], command[0])
 
 
 LOG_LEVELS = {"DBG": logging.DEBUG, "WRN": logging.WARNING, "ERR": logging.ERROR}
@@ -731,7 +744,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """Stop Traefik within a second and remove both files. Harmless when it does not run."""
         self._closing.set()
         async with self._lock:
-            if self._ready:
+            if self._ready and self.should_start:
                 await self._in_thread(self._clean_up)
             self._ready = False
             if self._executor:
@@ -885,9 +898,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         except (APIError, KeyError, TypeError) as error:
             raise RuntimeError(f"{self._api.url}/api/version failed: {error}") from None
         self.log.info("Traefik %s answers at %s", release, self._api.url)
-        self._version = parse_version(release)
-        if self._version < (3, 0, 0):
-            raise RuntimeError(f"{self._api.url} is Traefik {release}: {GET_TRAEFIK}")
+        self._version = parse_version(release, self._api.url)
         routes = dict(self._parse_line(route.line) for route in self._routes.values())
         if routes != self._routes:  # an old version sees paths in another spelling
             self._routes = routes
@@ -936,8 +947,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         except FileNotFoundError:
             return []
         except OSError as error:
-            message = f"cannot read {self._file} (toml_dynamic_config_file): {error.strerror}"
-            raise OSError(error.errno, message) from None
+            raise file_error("read", self._file, "toml_dynamic_config_file", error) from None
         except ValueError as error:
             aside = f"{self._file}.bad-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
             os.rename(self._file, aside)
@@ -957,8 +967,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _clean_up(self, remove_dynamic: bool = True) -> None:
         """Stop the process, remove the files; tables of other people stay in the dynamic one."""
-        if not self.should_start:
-            return
         files = [os.path.abspath(self.toml_static_config_file)]
         if self._process:
             self.log.info("Stopping Traefik (pid %i)", self._process.pid)
@@ -974,14 +982,19 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _check_static_file(self, path: str) -> None:
         """Refuse to overwrite, and later remove, a static file that somebody else wrote."""
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            text = file.read().strip()
-            if text and not text.startswith(WRITTEN_BY.encode()):
-                raise ValueError(
-                    f"{path} was not written by this proxy: move it away, name another file in "
-                    "c.TraefikTomlProxy.toml_static_config_file, or set should_start = False if "
-                    "you start Traefik yourself"
-                )
+        try:
+            with open(path, "rb") as file:
+                text = file.read().strip()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise file_error("read", path, "toml_static_config_file", error) from None
+        if text and not text.startswith(WRITTEN_BY.encode()):
+            raise ValueError(
+                f"{path} was not written by this proxy: move it away, name another file in "
+                "c.TraefikTomlProxy.toml_static_config_file, or set should_start = False if you "
+                "start Traefik yourself"
+            )
 
     # The two configurations ------------------------------------------------------------------
 
@@ -1055,8 +1068,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     def _render(self, config: Table, option: str) -> str:
         """Return a table as TOML that is no Go template. Raises ``ValueError`` for the option."""
         try:
-            # Only strings and quoted keys can hold "{{" here, and there the escape means the same.
-            return f"{WRITTEN_BY}\n\n{tomli_w.dumps(config)}".replace("{{", "{\\u007b")
+            # tomli_w writes "{{" nowhere but in strings and quoted keys.
+            return no_template(f"{WRITTEN_BY}\n\n{tomli_w.dumps(config)}")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{option} cannot be written as TOML: {error}") from None
 
@@ -1070,8 +1083,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         try:
             return replace_file(path, text, keep_mode=not self.should_start)
         except OSError as error:
-            message = f"cannot write {path} ({option}): {error.strerror}"
-            raise OSError(error.errno, message) from None
+            raise file_error("write", path, option, error) from None
 
     def _commit(self, batch: Batch) -> dict[int, ValueError]:
         """Write a batch, wait until Traefik serves it, and return what was no route, by index."""
