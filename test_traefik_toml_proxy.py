@@ -425,30 +425,31 @@ def test_versions(tmp_path: Path) -> None:
     assert proxy.parse_version("dev", "it") == proxy.NEWEST
     with pytest.raises(RuntimeError, match=r"^it is Traefik 2\.11\.0, too old: install Traefik 3"):
         proxy.parse_version("2.11.0", "it")
-    newest = proxy.command_version([installed_traefik()])
+    newest = proxy.find_traefik([installed_traefik()])[1]
     assert (3, 6, 0) < newest < proxy.NEWEST
     one = script(tmp_path / "one", "echo 'Version:      v1.7.34\nCodename:     maroilles'")
     with pytest.raises(RuntimeError, match=r"is Traefik v1\.7\.34, too old: install Traefik 3"):
-        proxy.command_version([one])
+        proxy.find_traefik([one])
     with pytest.raises(RuntimeError, match="is not Traefik, it says 'hello"):
-        proxy.command_version([script(tmp_path / "other", "echo hello")])
+        proxy.find_traefik([script(tmp_path / "other", "echo hello")])
     with pytest.raises(RuntimeError, match="failed .*exit status 3"):
-        proxy.command_version([script(tmp_path / "broken", "exit 3")])
+        proxy.find_traefik([script(tmp_path / "broken", "exit 3")])
 
 
 def test_the_command_is_found_on_path_else_beside_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beside = script(tmp_path / "traefik", "")
+    says = "echo Version: 3.7.15"
+    beside = script(tmp_path / "traefik", says)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
-    assert proxy.find_command(["traefik", "--x"]) == [beside, "--x"]
+    assert proxy.find_traefik(["traefik", "--x"])[0] == [beside, "--x"]
     (tmp_path / "bin").mkdir()
-    on_path = script(tmp_path / "bin" / "traefik", "")
+    on_path = script(tmp_path / "bin" / "traefik", says)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert proxy.find_command(["traefik"]) == [on_path]
+    assert proxy.find_traefik(["traefik"])[0] == [on_path]
     with pytest.raises(RuntimeError, match="no program 'nowhere' on PATH: install Traefik 3 with"):
-        proxy.find_command(["nowhere"])
+        proxy.find_traefik(["nowhere"])
 
 
 # ---------------------------------------------------------------------------------------------

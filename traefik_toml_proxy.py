@@ -25,30 +25,32 @@ import asyncio
 import base64
 import contextlib
 import copy
+import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
 import ssl
 import stat
 import string
-import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
-from typing import Any, NamedTuple, TypeVar
+from http.client import HTTPException, HTTPResponse
+from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import tomli
@@ -392,12 +394,33 @@ def drop_route(table: Table, routespec: str) -> None:
 class APIError(Exception):
     """A request to Traefik's API that brought no answer in JSON; the message says why."""
 
+    def __init__(self, message: str, status: int = 0) -> None:
+        """The status is that of HTTP, 0 where there was none."""
+        super().__init__(message)
+        self.status = status
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: it would carry the credentials elsewhere."""
 
-    def redirect_request(self, *_: object) -> None:
-        return None
+class _Answer(HTTPResponse):
+    """An answer whose last byte has to come within the timeout, however slowly they drip."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        raw: Any = self.fp.raw
+        read, end = raw.readinto, time.monotonic() + (sock.gettimeout() or 0)
+
+        def readinto(buffer: memoryview) -> int | None:
+            sock.settimeout(max(end - time.monotonic(), 0.001))
+            return read(buffer)  # type: ignore[no-any-return]
+
+        raw.readinto = readinto
+
+
+class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Alone in its opener: no proxy from the environment, no redirect that takes credentials."""
+
+    def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+        bounded: Any = type("Bounded", (http_class,), {"response_class": _Answer})
+        return super().do_open(bounded, req, **options)
 
 
 class TraefikAPI:
@@ -413,39 +436,26 @@ class TraefikAPI:
         if context and not validate_cert:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
-        # No proxy from the environment: the API is on this machine or in its network.
-        self._opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}),
-            urllib.request.HTTPSHandler(context=context),
-            _NoRedirect(),
-        )
-
-    def listens(self) -> bool:
-        """Return whether anything accepts connections at the URL."""
-        parts = urlsplit(self.url)
-        address = parts.hostname, parts.port or STANDARD_PORTS[parts.scheme]
-        with contextlib.suppress(OSError), socket.create_connection(address, 1):
-            return True
-        return False
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(_Handler(context=context))
 
     def get(self, path: str, timeout: float) -> Any:
         """Return the JSON answer for a path. Raises ``APIError``; timeout in seconds."""
         request = urllib.request.Request(self.url + path, headers=self._headers)  # noqa: S310
         try:
             with self._opener.open(request, timeout=timeout) as response:
-                return json.loads(response.read(self.longest_answer))
-        except urllib.error.HTTPError as error:
-            error.close()
-            reason = {
-                401: "refuses the credentials (401): set traefik_api_username and "
-                "traefik_api_password to those that Traefik was given",
-                404: "knows nothing of this proxy's file (404)",
-            }.get(error.code, f"answers with status {error.code}")
+                if response.status == 200:
+                    return json.loads(response.read(self.longest_answer))
+                raise APIError(f"{self.url} answers with status {response.status}", response.status)
         except (OSError, HTTPException) as error:
-            reason = f"cannot be reached ({getattr(error, 'reason', None) or error})"
+            reason = getattr(error, "reason", None) or error
+            raise APIError(f"{self.url} cannot be reached ({reason})") from None
         except ValueError:
-            reason = "answers, but not as Traefik's API does"
-        raise APIError(f"{self.url} {reason}")
+            raise self.strange() from None
+
+    def strange(self) -> APIError:
+        """Return the error for an answer that is not one of Traefik's API."""
+        return APIError(f"{self.url} answers, but not as Traefik's API does")
 
 
 # Traefik process ----------------------------------------------------------------------------------
@@ -470,139 +480,225 @@ def parse_version(release: str, whose: str) -> Version:
     return version
 
 
-def find_command(command: Sequence[str]) -> list[str]:
-    """Return a command with the full path of its program: on PATH, else beside this Python.
+def find_traefik(command: Sequence[str]) -> tuple[list[str], Version]:
+    """Return a command with the full path of its program, and the version that it tells.
 
-    Raises ``RuntimeError`` that says how to get Traefik.
+    A name is looked up on PATH, then beside this Python. Raises ``RuntimeError`` if there is no
+    such program, or if it is not Traefik 3.
     """
     program = command[0] if command else ""
     found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
     if not found:
         raise RuntimeError(f"no program {program!r} on PATH: {GET_TRAEFIK}")
-    return [os.path.abspath(found), *command[1:]]
-
-
-def command_version(command: Sequence[str]) -> Version:
-    """Return what ``traefik version`` says. Raises ``RuntimeError`` if it is not Traefik 3."""
-    shown = " ".join([*command, "version"])
+    command = [os.path.abspath(found), *command[1:]]
+    asking = [*command, "version"]
+    shown = " ".join(asking)
     try:
-        answer = subprocess.run(
-            [*command, "version"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout
+        answer = subprocess.run(asking, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(f"`{shown}` failed ({error}): {GET_TRAEFIK}") from None
-    line = re.search(r"^Version:\s*(\S+)", answer, re.MULTILINE)
-    if not line:
-        raise RuntimeError(f"`{shown}` is not Traefik, it says {answer[:80]!r}: {GET_TRAEFIK}")
-    return parse_version(line[1], command[0])
+    said = re.search(r"^Version:\s*(\S+)", answer.stdout, re.MULTILINE)
+    if not said:
+        raise RuntimeError(
+            f"`{shown}` is not Traefik, it says {answer.stdout[:80]!r}: {GET_TRAEFIK}"
+        )
+    return command, parse_version(said[1], command[0])
 
 
-LOG_LEVELS = {"DBG": logging.DEBUG, "WRN": logging.WARNING, "ERR": logging.ERROR}
+def command_line(pid: int) -> list[str]:
+    """Return the command line of a running process; empty where /proc does not tell."""
+    try:
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+
+def port_holder(port: int) -> str:
+    """Return which program listens on a TCP port, as far as /proc tells; "" where it does not."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table) as lines:
+            for fields in map(str.split, lines):
+                if fields[1].endswith(f":{port:04X}") and fields[3] == "0A":  # it listens
+                    sockets.add(f"socket:[{fields[9]}]")
+    for path in glob.iglob("/proc/[0-9]*/fd/*") if sockets else ():
+        with contextlib.suppress(OSError):
+            if os.readlink(path) in sockets:
+                pid = int(path.split("/")[2])
+                return f"pid {pid}, {command_line(pid)[0]}"
+    return "a process of another user" if sockets else ""
 
 
 class TraefikProcess:
-    """One running Traefik: watched, started again when it dies, its log lines passed on."""
+    """One Traefik, started or adopted: watched, started again when it dies, its log passed on."""
 
     def __init__(
         self,
         command: Sequence[str],
-        static_file: str,
         env: Mapping[str, str],
+        pid_file: str,
         log: logging.Logger,
         secret: str,
     ) -> None:
-        """Start Traefik; the secret is kept out of the log. Raises ``RuntimeError``."""
-        self._command, self._env = [*command, "--configfile", static_file], env
+        """Nothing runs yet. The command ends with the static file; the secret stays unlogged."""
+        self._command, self._env, self._pid_file = command, env, pid_file
         self._log, self._secret = log, secret
-        self._words: deque[str] = deque(maxlen=5)
-        self.serving = False  # set once it has served; until then its end is a failed start
-        self.ended = threading.Event()  # for good
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()  # between stopping and starting again
-        self._drained = threading.Event()
-        # Traefik's output comes as datagrams, one a line. Unlike a pipe they do not kill it with
-        # SIGPIPE when the hub dies first; and where the hub hangs, a line is lost, not Traefik.
-        self._output, self._input = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        one_second = struct.pack("ll", 1, 0)  # struct timeval
-        self._input.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, one_second)
+        self.pid, self._pidfd = 0, -1
+        self._popen: subprocess.Popen[bytes] | None = None  # None for an adopted one
+        self.watched = False  # until it is, its end is a failed start
+        self._watcher = threading.Thread(target=self._watch, name="traefik-watch", daemon=True)
+        self._stopping = threading.Event()  # it is not to be started again
+        # Traefik writes into a file without a name: that survives the hub, unlike a pipe, blocks
+        # nobody, and the next hub finds it as /proc/PID/fd/1.
+        self._output: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._passed_on = 0  # bytes
+
+    def adopt(self, fits: bool) -> bool:
+        """Take over the Traefik of the pid file, if it runs and has the same static file.
+
+        One that does not fit in other ways is stopped instead.
+        """
+        with contextlib.suppress(OSError, OverflowError, ValueError):
+            with open(self._pid_file, encoding="ascii") as file:
+                self._set_pid(int(file.read()))  # first a handle, for a pid may be used again
+            ours = command_line(self.pid)[-2:] == self._command[-2:] and self._running(0)
+            if ours and fits:
+                output = f"/proc/{self.pid}/fd/1"
+                if os.path.isfile(output):
+                    self._output = open(output, "r+b", buffering=0)  # noqa: SIM115
+                    self._passed_on = os.path.getsize(output)
+                self.watch()
+                return True
+            if ours:
+                self._log.warning("Stopping Traefik (pid %i): it was started otherwise", self.pid)
+                self._end()
+        return False
+
+    def start(self) -> None:
+        """Start Traefik, not yet watched. Raises ``RuntimeError``."""
         try:
             self._spawn()
         except OSError as error:
-            self._output.close()
-            self._input.close()
-            raise RuntimeError(f"cannot start {command[0]}: {error.strerror}") from None
-        threading.Thread(target=self._pass_on, name="traefik-log", daemon=True).start()
-        threading.Thread(target=self._watch, name="traefik-watch", daemon=True).start()
+            raise RuntimeError(f"cannot start {self._command[0]}: {error.strerror}") from None
+
+    def watch(self) -> None:
+        """From now on start Traefik again when it dies."""
+        self.watched = True
+        self._watcher.start()
+
+    def _set_pid(self, pid: int) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        self.pid, self._pidfd = pid, -1
+        if hasattr(os, "pidfd_open"):  # Linux
+            self._pidfd = os.pidfd_open(pid)
 
     def _spawn(self) -> None:
+        fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # for _pass_on truncates it
         self._popen = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
-            stdout=self._input.fileno(),
-            stderr=self._input.fileno(),
+            stdout=self._output,
+            stderr=self._output,
             env=self._env,
             start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
         )
-        self.pid = self._popen.pid
+        self._set_pid(self._popen.pid)
+        try:  # in place and always of one length, which works on a full disk, too
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+            with open(os.open(self._pid_file, flags, 0o600), "w") as file:
+                file.write(f"{self.pid:<10}\n")
+        except OSError as error:
+            self._log.error("%s", file_error("write", self._pid_file, "traefik_pid_file", error))
+
+    def _running(self, patience: float) -> bool:
+        """Wait some seconds for the end of the process; return whether it still runs."""
+        if self._pidfd >= 0:
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            if not poll.poll(patience * 1000):
+                return True
+        else:
+            time.sleep(min(patience, 0.1))
+        return self._popen is not None and self._popen.poll() is None
 
     def _watch(self) -> None:
-        """Wait for the process; start it again, with growing pauses when it dies young."""
         pause = 0.0
-        while True:
+        while not self._stopping.is_set():
             began = time.monotonic()
-            self._popen.wait()
-            self._drained.clear()
-            with contextlib.suppress(OSError):
-                self._input.send(b"")  # the end mark; a log that hangs must not hold up the rest
-                self._drained.wait(1)
-            if self._stopping.is_set() or not self.serving:
+            while self._running(0.5) and not self._stopping.is_set():
+                self._pass_on()
+            self._pass_on()
+            if self._stopping.is_set():
                 break
             pause = 0 if time.monotonic() - began > 60 else min(2 * pause + 0.1, 30)
             self._log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
-            self._stopping.wait(pause)
-            with self._lock, contextlib.suppress(OSError):  # then the next turn tries again
-                if not self._stopping.is_set():
+            if not self._stopping.wait(pause):
+                with contextlib.suppress(OSError):  # then the next turn tries again
                     self._spawn()
-        self.ended.set()
-        with contextlib.suppress(OSError):
-            self._input.send(b"")
 
     def _pass_on(self) -> None:
-        while True:
-            data = self._output.recv(1 << 16)
-            text = data.decode(errors="replace").replace(self._secret, "[hidden]")
-            for line in text.splitlines():
-                stamp, _, rest = line.partition(" ")
-                level = LOG_LEVELS.get(rest[:3], logging.INFO)
-                # The time stamp, like 2026-11-23T09:14:06Z, stands in the hub's log already.
-                words = rest if stamp[:1].isdigit() else line
-                self._words.append(words)
-                quiet = self._stopping.is_set()
-                self._log.log(logging.DEBUG if quiet else level, "Traefik: %s", words)
-            if not data:
-                self._drained.set()
-            if not data and self.ended.is_set():
-                break
-        self._input.close()
-        self._output.close()
+        """Pass on what Traefik wrote, whole lines only, to the hub's log."""
+        data = os.pread(self._output.fileno(), 1 << 20, self._passed_on)
+        data = data[: data.rfind(b"\n") + 1]
+        self._passed_on += len(data)
+        for line in self._readable(data):
+            self._log.info("Traefik: %s", line)
+        if self._passed_on > 1 << 20 and os.fstat(self._output.fileno()).st_nlink == 0:
+            os.ftruncate(self._output.fileno(), 0)
+            self._passed_on = 0
+
+    def _readable(self, data: bytes) -> list[str]:
+        return data.decode(errors="replace").replace(self._secret, "[hidden]").splitlines()
 
     def last_words(self) -> str:
-        """Say how the process ended, if it did, and the last lines that it wrote."""
-        code = self._popen.returncode
-        ended = "" if code is None else f"Traefik exited with code {code}. "
-        said = "\n  ".join(self._words) or "nothing; set traefik_log_level to see more"
-        return f"{ended}Traefik said:\n  {said}"
+        """Say how the process ended, if it did, who has its port, and what it wrote last."""
+        size = os.fstat(self._output.fileno()).st_size
+        data = os.pread(self._output.fileno(), 1 << 16, max(0, size - (1 << 16)))
+        said = "\n  ".join(self._readable(data)[-5:]) or "nothing; traefik_log_level sets how much"
+        text = f"Traefik said:\n  {said}"
+        if not self._running(0):
+            code = self._popen.returncode if self._popen else "unknown"
+            text = f"Traefik exited with code {code}. {text}"
+            for port in re.findall(r":(\d+): bind: address already in use", said)[-1:]:
+                text += f"\nPort {port} is held by {port_holder(int(port))}."
+        return text
+
+    def failed(self) -> bool:
+        """Return whether it ended before it was watched."""
+        return not self.watched and not self._running(0)
+
+    def reload(self) -> None:
+        """Have Traefik read its dynamic files; spare a wrapper, which SIGHUP would end."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/status") as status:
+            if re.search(r"^SigCgt:.*[13579bdf]$", status.read(), re.MULTILINE):
+                os.kill(self.pid, signal.SIGHUP)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Signal the whole group, for the command may be a wrapper."""
+        if self._running(0):  # else the pid may be somebody else's by now
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, number)
+
+    def _end(self) -> None:
+        for number, patience in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 5)):
+            self.kill(number)
+            if not self._running(patience):
+                break
+
+    def release(self) -> None:
+        """Watch no more; Traefik goes on."""
+        self._stopping.set()
+        if self.watched:
+            self._watcher.join()
 
     def stop(self) -> None:
         """End the process within a second, though websockets be open."""
-        with self._lock:
-            self._stopping.set()
-        for number, patience in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 5)):
-            if self._popen.returncode is None:  # else the pid may be somebody else's by now
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, number)  # the whole group: the command may be a wrapper
-            if self.ended.wait(patience):
-                break
+        self._stopping.set()
+        self._end()
+        self.release()
+        self._end()  # what the watcher may have started at the last moment
 
 
 # The proxy ----------------------------------------------------------------------------------------
@@ -611,8 +707,8 @@ class TraefikProcess:
 # has loaded that write; when it shows an error, the routes on the same entry point have it too.
 CANARY = "jupyterhub-revision"
 
-# Changes that are written together: (routespec, (target, data)), or (routespec, None) to delete.
-Batch = list[tuple[str, tuple[str, str] | None]]
+Change = tuple[str, tuple[str, str] | None]  # (routespec, (target, data)); None to delete
+Batch = list[Change]  # changes that are written together
 
 ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "QuestionMark", "Hash")
 
@@ -621,65 +717,48 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     """JupyterHub's proxy API (``jupyterhub.proxy.Proxy``) on top of Traefik's file provider."""
 
     toml_static_config_file = Unicode(
-        "traefik.toml",
-        config=True,
-        help="Path of Traefik's static configuration. Not used when should_start is False.",
+        "traefik.toml", config=True, help="Path of the static configuration, in managed mode."
     )
     toml_dynamic_config_file = Unicode(
         "rules.toml",
         config=True,
-        help="""Path of Traefik's dynamic configuration, which holds the routes. With should_start
-        = False and the default name, the first that exists is used of /etc/traefik/rules.toml,
-        $HOME/.traefik/rules.toml and ./rules.toml, else ./rules.toml.""",
+        help="""Path of the dynamic configuration, with the routes. If should_start is False, the
+        default is the first of /etc/traefik, $HOME/.traefik and . that has a rules.toml.""",
+    )
+    traefik_pid_file = Unicode(
+        config=True,
+        help="""Path of the file by which the next hub finds the running Traefik, in managed mode.
+        Default: traefik.pid beside toml_static_config_file.""",
     )
     traefik_api_url = Unicode(
-        "http://127.0.0.1:8099",
-        config=True,
-        help="""URL of Traefik's API. When the hub starts Traefik, the API listens there: keep it
-        on loopback, for whoever reads the API sees the hub's configuration.""",
+        "http://127.0.0.1:8099", config=True, help="URL of Traefik's API; better on loopback."
     )
-    traefik_api_username = Unicode(
-        "jupyterhub", config=True, help="User name for Traefik's API, without a colon."
-    )
+    traefik_api_username = Unicode("jupyterhub", config=True, help="User name for Traefik's API.")
     traefik_api_password = Unicode(
-        config=True,
-        help="""Password for Traefik's API, in clear. Default: a new random token when the hub
-        starts Traefik. Required when it does not, unless enable_setup_dynamic_config is False.""",
+        config=True, help="Its password. Default: a random token; none if should_start is False."
     )
     traefik_api_hashed_password = Unicode(
-        config=True,
-        help="""The same password as an htpasswd hash, which is what rules.toml holds. Default: the
-        APR1 hash of traefik_api_password. Bcrypt costs Traefik 0.2 s at each change of a route.""",
+        config=True, help="The same password as an htpasswd hash. Default: its APR1 hash."
     )
     traefik_api_validate_cert = Bool(
         True, config=True, help="Whether to check the certificate of an https traefik_api_url."
     )
     traefik_entrypoint = Unicode(
-        config=True,
-        help="""Traefik's entry point for the routes. Default: "https" where the hub's public URL
-        begins so, else "http". With should_start = False the administrator has to define it.""",
+        config=True, help="Entry point for the routes. Default: https or http, as bind_url begins."
     )
-    traefik_api_entrypoint = Unicode(
-        "auth_api", config=True, help="Traefik's entry point for its API; not that of the routes."
-    )
+    traefik_api_entrypoint = Unicode("auth_api", config=True, help="Entry point for the API.")
     enable_setup_dynamic_config = Bool(
-        True,
-        config=True,
-        help="""With should_start = False, whether rules.toml opens Traefik's API, with the user
-        name and the hashed password. Turn it off where other files do.""",
+        True, config=True, help="Whether rules.toml opens the API if should_start is False."
     )
     command = Command(
-        "traefik",
-        config=True,
-        help="""The command that starts Traefik: a name or path, or a list whose first items are a
-        wrapper. A name is looked up on PATH, then in the directory of the running Python.""",
+        "traefik", config=True, help="Name or path of Traefik, or a list with a wrapper before it."
     )
     traefik_env = Dict(
         value_trait=Unicode(),
         key_trait=Unicode(),
         config=True,
-        help="""Environment variables for Traefik, added to those of the hub. GOGC is 200 unless
-        set: with Go's default of 100 changes of routes take about a fifth longer.""",
+        help="""Environment variables for Traefik, added to the hub's. GOGC is 200 unless set:
+        with Go's default, changes of routes take a fifth longer.""",
     )
     traefik_log_level = CaselessStrEnum(
         ["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL", "PANIC"],
@@ -687,17 +766,16 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         config=True,
         help="Level of Traefik's own log, which appears in the hub's.",
     )
-    check_route_timeout = Float(
-        30, config=True, help="How long to wait, in seconds, until Traefik serves a change."
-    )
+    check_route_timeout = Float(30, config=True, help="Seconds to wait until a change is served.")
     traefik_providers_throttle_duration = Unicode(
-        "0s",
-        config=True,
-        help="""How long Traefik waits between two reloads ("0s", "500ms"). Its own default, 2s,
-        delays each second change of a route.""",
+        "0s", config=True, help='Pause between two reloads of Traefik, like "500ms".'
     )
     extra_static_config = Dict(config=True, help="Tables merged over the static configuration.")
     extra_dynamic_config = Dict(config=True, help="Tables merged over the dynamic configuration.")
+
+    @default("traefik_pid_file")
+    def _default_pid_file(self) -> str:
+        return os.path.join(os.path.dirname(self.toml_static_config_file), "traefik.pid")
 
     @default("traefik_entrypoint")
     def _default_entrypoint(self) -> str:
@@ -728,7 +806,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._own: Table = {}  # what the proxy writes there beside routes and canary
         self._head = ""  # the two above as text
         self._written: Signature | None = None
-        self._confirmed = False  # whether Traefik serves what was written
+        self._revision = ""  # of what was written
+        self._confirmed = False  # whether Traefik serves it
+        self._deaf = False  # whether Traefik needs SIGHUP to see a change of the file
         self._pace = 0.001  # seconds that Traefik took of late
 
     # JupyterHub's methods: thin coroutines; a thread does the work ----------------------------
@@ -744,12 +824,11 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """Stop Traefik within a second and remove both files. Harmless when it does not run."""
         self._closing.set()
         async with self._lock:
-            if self._ready and self.should_start:
-                await self._in_thread(self._clean_up)
-            self._ready = False
-            if self._executor:
-                self._executor.shutdown(wait=False)
-                self._executor = None
+            try:
+                if self._ready and self.should_start:
+                    await self._in_thread(self._clean_up)
+            finally:
+                self._end_thread()
 
     async def add_route(self, routespec: str, target: str, data: Table | None) -> None:
         """Add or change a route; return when requests to it reach the target.
@@ -763,14 +842,11 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             text = json.dumps({} if data is None else data, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"data of route {routespec!r} is not JSON: {error}") from None
-        await self._be_ready()
-        await self._change(routespec, (target, text))
+        await self._change((routespec, (target, text)))
 
     async def delete_route(self, routespec: str) -> None:
         """Delete a route, if any; return when no request reaches it. Raises as ``add_route``."""
-        routespec = self.validate_routespec(routespec)
-        await self._be_ready()
-        await self._change(routespec, None)
+        await self._change((self.validate_routespec(routespec), None))
 
     async def get_all_routes(self) -> dict[str, Table]:
         """Return ``{routespec: {"routespec": …, "target": …, "data": {…}}}``, as copies."""
@@ -783,6 +859,12 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         await self._be_ready()
         route = self._routes.get(routespec)
         return route.as_dict() if route else None
+
+    async def check_routes(self, user_dict: Any, service_dict: Any, routes: Any = None) -> None:
+        """Check file and Traefik, then the routes: what others changed is written again."""
+        with contextlib.suppress(OSError, RuntimeError):  # logged; the rest is checked as well
+            await self._change()
+        await super().check_routes(user_dict, service_dict, routes)
 
     async def _be_ready(self) -> None:
         """In external mode nothing calls start(): set up at the first call, whichever it is."""
@@ -799,10 +881,18 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self._closing.clear()
             try:
                 await self._in_thread(work)
-            except (OSError, ValueError, RuntimeError) as error:
-                self.log.error("%s: %s", type(self).__name__, error)
+            except BaseException as error:
+                self._end_thread()
+                if isinstance(error, (OSError, ValueError, RuntimeError)):
+                    self.log.error("%s: %s", type(self).__name__, error)
                 raise
             self._ready = True
+
+    def _end_thread(self) -> None:
+        self._ready = False
+        if self._executor:
+            self._executor.shutdown(wait=False)
+            self._executor = None
 
     async def _in_thread(self, work: Callable[..., Result], *args: Any) -> Result:
         if not self._executor:
@@ -815,16 +905,17 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             await asyncio.gather(future, return_exceptions=True)
             raise
 
-    async def _change(self, routespec: str, change: tuple[str, str] | None) -> None:
-        """Put a change into the next batch and wait for it. Cancelling leaves the batch alone."""
+    async def _change(self, *changes: Change) -> None:
+        """Put changes into the next batch and wait for it. Cancelling leaves the batch alone."""
+        await self._be_ready()
         if self._next is None:
             new: Batch = []
             self._next = new, asyncio.ensure_future(self._run_batch(new))
         batch, done = self._next
         index = len(batch)
-        batch.append((routespec, change))
+        batch.extend(changes)
         refused = await asyncio.shield(done)
-        if index in refused:
+        if changes and index in refused:
             raise refused[index]
 
     async def _run_batch(self, batch: Batch) -> dict[int, ValueError]:
@@ -845,35 +936,46 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     # Set-up, in the worker thread ------------------------------------------------------------
 
     def _start(self) -> None:
-        """Managed mode: write both files, start Traefik, wait for the first revision."""
-        command = find_command(self.command)
-        self._version = command_version(command)
+        """Managed mode: write both files, adopt or start Traefik, wait until it serves them."""
+        command, self._version = find_traefik(self.command)
         self.log.info("Traefik %s: %s", ".".join(map(str, self._version)), command[0])
         static_file = os.path.abspath(self.toml_static_config_file)
         self._file = os.path.abspath(self.toml_dynamic_config_file)
-        self._check_static_file(static_file)
+        before = self._read_static_file(static_file)
+        # To be adopted, a Traefik must have been started in the same way, too.
+        way = json.dumps([self._version, command, self.traefik_env]).encode()
         static = self._render(self._static_config(), "extra_static_config")
+        static += f"\n# Started as {hashlib.sha256(way).hexdigest()[:16]}\n"
         existed = os.path.exists(self._file)
         self._prepare()
+        process = self._process = TraefikProcess(
+            [*command, "--configfile", static_file],
+            {"GOGC": "200", **os.environ, **self.traefik_env},
+            os.path.abspath(self.traefik_pid_file),
+            self.log,
+            self.traefik_api_hashed_password,
+        )
+        adopted = False
         try:
             self._write(static_file, static, "toml_static_config_file")
-            revision = self._write_routes(self._routes)
-            self.log.info("Starting Traefik for %s with %s", self.public_url, static_file)
-            # A Traefik left over from a hub that died would load the file and answer in place of
-            # ours, which can but end where the port is taken.
-            taken = self._api.listens()
-            env = {"GOGC": "200", **os.environ, **self.traefik_env}
-            self._process = TraefikProcess(
-                command, static_file, env, self.log, self.traefik_api_hashed_password
-            )
-            if taken and not self._process.ended.wait(self.check_route_timeout):
-                raise RuntimeError(f"{self.traefik_api_url} is in use by another program")
-            self._wait_for(revision)
+            self._write_routes(self._routes)
+            adopted = process.adopt(fits=static == before)
+            if not adopted:
+                holder = port_holder(urlsplit(self.traefik_api_url).port or 0)
+                if holder:  # it could answer in place of our Traefik
+                    raise RuntimeError(f"{self._api.url} (traefik_api_url) is held by {holder}")
+                process.start()
+            self._wait_for_traefik()
         except BaseException:
-            self._clean_up(remove_dynamic=not existed)
+            if adopted:  # users go on working with it
+                process.release()
+                self._process = None
+            else:
+                self._clean_up(remove_dynamic=not existed)
             raise
-        self._process.serving = True
-        self.log.info("Traefik (pid %i) serves %s", self._process.pid, self._file)
+        if not adopted:
+            process.watch()
+        self.log.info("Traefik (pid %i) serves %s", process.pid, self.public_url)
 
     def _connect(self) -> None:
         """External mode: write the dynamic file and wait until the running Traefik serves it."""
@@ -892,7 +994,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self._file = os.path.realpath(self._file)
         self.log.info("Routes are in %s, Traefik's API is %s", self._file, self.traefik_api_url)
         self._prepare()
-        self._wait_for(self._write_routes(self._routes))
+        self._write_routes(self._routes)
+        self._wait_for_traefik()
         try:
             release = str(self._api.get("/api/version", self.check_route_timeout)["Version"])
         except (APIError, KeyError, TypeError) as error:
@@ -901,8 +1004,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._version = parse_version(release, self._api.url)
         routes = dict(self._parse_line(route.line) for route in self._routes.values())
         if routes != self._routes:  # an old version sees paths in another spelling
+            self._write_routes(routes)
             self._routes = routes
-            self._wait_for(self._write_routes(routes))
+            self._wait_for_traefik()
 
     def _prepare(self) -> None:
         """Check options and read the dynamic file. Nothing has changed when this raises."""
@@ -967,34 +1071,35 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _clean_up(self, remove_dynamic: bool = True) -> None:
         """Stop the process, remove the files; tables of other people stay in the dynamic one."""
-        files = [os.path.abspath(self.toml_static_config_file)]
+        files = [self.toml_static_config_file, self.traefik_pid_file]
         if self._process:
             self.log.info("Stopping Traefik (pid %i)", self._process.pid)
             self._process.stop()
             self._process = None
-        if remove_dynamic and self._foreign:
-            self._write(self._file, tomli_w.dumps(self._foreign), "toml_dynamic_config_file")
-        elif remove_dynamic:
+        if remove_dynamic and not self._foreign:
             files.append(self._file)
         for path in files:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+        if remove_dynamic and self._foreign:
+            self._write(self._file, tomli_w.dumps(self._foreign), "toml_dynamic_config_file")
 
-    def _check_static_file(self, path: str) -> None:
-        """Refuse to overwrite, and later remove, a static file that somebody else wrote."""
+    def _read_static_file(self, path: str) -> str:
+        """Return what an earlier hub wrote; refuse to overwrite, and later remove, other files."""
         try:
-            with open(path, "rb") as file:
-                text = file.read().strip()
+            with open(path, encoding="utf-8", errors="replace") as file:
+                text = file.read()
         except FileNotFoundError:
-            return
+            return ""
         except OSError as error:
             raise file_error("read", path, "toml_static_config_file", error) from None
-        if text and not text.startswith(WRITTEN_BY.encode()):
+        if text.strip() and not text.startswith(WRITTEN_BY):
             raise ValueError(
                 f"{path} was not written by this proxy: move it away, name another file in "
                 "c.TraefikTomlProxy.toml_static_config_file, or set should_start = False if you "
                 "start Traefik yourself"
             )
+        return text
 
     # The two configurations ------------------------------------------------------------------
 
@@ -1099,11 +1204,12 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                 self.log.debug("Route %s: %s", routespec, change[0] if change else "deleted")
             except ValueError as error:
                 refused[index] = error
-        unchanged = routes == self._routes and signature(self._file) == self._written
-        if not (unchanged and self._confirmed):
-            revision = self._write_routes(routes)
+        changed = routes != self._routes or signature(self._file) != self._written
+        if changed or not self._confirmed:
+            self._write_routes(routes)
             self._routes = routes
-            self._wait_for(revision)
+        self._wait_for_traefik()
+        if changed:
             took = (time.monotonic() - began) * 1000
             done, total = len(batch) - len(refused), len(routes)
             self.log.info(
@@ -1111,9 +1217,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             )
         return refused
 
-    def _write_routes(self, routes: Mapping[str, Route]) -> str:
-        """Replace the dynamic file; return its revision."""
+    def _write_routes(self, routes: Mapping[str, Route]) -> None:
+        """Replace the dynamic file by one with a new revision."""
         if signature(self._file) != self._written:
+            self.log.warning("%s was changed or removed: it is written again", self._file)
             self._read_file()
         foreign = copy.deepcopy(self._foreign)
         for routespec in routes if foreign else ():
@@ -1125,10 +1232,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             owned = json.dumps([*leaves(self._own), ("http", "routers", CANARY)])
             config["jupyterhub"] = {"owned": owned}
             self._head = self._render(config, "extra_dynamic_config")
-        revision = secrets.token_hex(8)
+        self._revision = secrets.token_hex(8)
         canary = f"""
 [http.routers.{CANARY}]
-rule = "PathRegexp(`^/{revision}$`) && !PathPrefix(`/`)"
+rule = "PathRegexp(`^/{self._revision}$`) && !PathPrefix(`/`)"
 priority = 1
 entryPoints = [{toml_string(self.traefik_entrypoint)}]
 service = "noop@internal"
@@ -1141,48 +1248,80 @@ lines = '''
         text = f"{self._head}{tables}{canary}{lines}\n'''\n"
         self._confirmed = False
         self._written = self._write(self._file, text, "toml_dynamic_config_file")
-        return revision
 
-    def _wait_for(self, revision: str) -> None:
-        """Return when Traefik serves a revision.
+    def _wait_for_traefik(self) -> None:
+        """Return when Traefik serves the revision that was written last.
 
         Raises ``RuntimeError`` if Traefik ended or refuses routes, and ``TimeoutError`` saying
         what is wrong if it does not follow within ``check_route_timeout``.
         """
-        began = time.monotonic()
-        problem, elapsed = "", 0.0
+        began, elapsed, helped = time.monotonic(), 0.0, 0.0
+        problem: APIError | None = None
+        if self._process and self._deaf:
+            self._process.reload()
         while not problem or elapsed < self.check_route_timeout:
             # A third of what Traefik took of late, then a fifteenth of the time so far: few
             # requests while it works, and little delay.
             pause = max(0.3 * self._pace - elapsed, elapsed / 15, 0.0003)
             if self._closing.wait(min(pause, 0.05)):
                 raise RuntimeError("the proxy was stopped before Traefik loaded the change")
-            if self._process and self._process.ended.is_set():
+            if self._process and self._process.failed():
                 raise RuntimeError(self._process.last_words())
             try:
                 # One second: enough for bcrypt, and a Traefik that hangs does not hold up a stop.
                 patience = min(max(self.check_route_timeout - elapsed, 0.1), 1)
                 router = self._api.get(f"/api/http/routers/{CANARY}@file", patience)
-                loaded, status = revision in router["rule"], router["status"]
+                if self._revision in router["rule"]:
+                    break
+                problem = APIError(f"{self._api.url} shows an older version of the file", 200)
             except APIError as error:
-                problem = str(error)
+                problem = error
             except (KeyError, TypeError):
-                problem = f"{self._api.url} answers, but not as Traefik's API does"
-            else:
-                if loaded and status == "disabled":
-                    raise RuntimeError(
-                        f"Traefik refuses the routes in {self._file}: {router.get('error')} "
-                        f"(traefik_entrypoint = {self.traefik_entrypoint!r})"
-                    )
-                if loaded:
-                    self._confirmed = True
-                    self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
-                    return
-                problem = f"{self._api.url} still shows an older version of the file"
+                problem = self._api.strange()
             elapsed = time.monotonic() - began
+            if self._process and self._process.watched and elapsed > helped + 1 + 5 * self._pace:
+                helped = elapsed
+                self._help(self._process, problem.status, elapsed)
+        else:
+            raise TimeoutError(
+                f"Traefik did not load {self._file} within {self.check_route_timeout:g} s "
+                f"(check_route_timeout): {self._diagnose(problem)}"
+            )
+        if router.get("status") == "disabled":
+            raise RuntimeError(
+                f"Traefik refuses the routes in {self._file}: {router.get('error')} "
+                f"(traefik_entrypoint = {self.traefik_entrypoint!r})"
+            )
+        self._confirmed = True
+        self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
+
+    def _help(self, process: TraefikProcess, status: int, elapsed: float) -> None:
+        """Do what can be done for a managed Traefik that runs but does not follow."""
+        if status == 200 and not self._deaf:
+            self._deaf = True
+            self.log.warning("Traefik misses changes of %s: it gets SIGHUP as well", self._file)
+        if status:
+            process.reload()
+        elif elapsed > self.check_route_timeout / 2:
+            self.log.error("Traefik (pid %i) does not answer: killing it", process.pid)
+            process.kill()
+
+    def _diagnose(self, problem: APIError) -> str:
+        """Say what is wrong and what to set, by the API's last answer and one more question."""
         if self._process:
-            problem += f". {self._process.last_words()}"
-        raise TimeoutError(
-            f"Traefik did not load {self._file} within {self.check_route_timeout:g} s "
-            f"(check_route_timeout): {problem}"
-        )
+            return f"{problem}. {self._process.last_words()}"
+        setting = f"set [providers.file] filename = {toml_string(self._file)} in its static file"
+        advice = {
+            200: ": either this one has an error, which Traefik's log tells, or Traefik does not "
+            "see changes: watch = true is missing, the file was mounted instead of its directory, "
+            "or the file system has no inotify events; `kill -HUP` has it read the file once",
+            401: ", it refuses the credentials: set traefik_api_username and traefik_api_password "
+            "to those that Traefik was given",
+            404: f" to everything: it is no API of Traefik, or has not read this file: {setting}",
+        }.get(problem.status, "")
+        with contextlib.suppress(APIError, AttributeError):
+            if problem.status == 404:
+                providers = self._api.get("/api/overview", 1).get("providers") or []
+                reads = "has not read this file" if "File" in providers else "has no file provider"
+                advice = f": Traefik {reads}: {setting}; or its log tells what is wrong with it"
+        return f"{problem}{advice}"
