@@ -30,6 +30,7 @@ import traceback
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,7 +221,6 @@ def test_a_route_reads_back(name: str, data: dict[str, Any]) -> None:
     (router,), (middleware,) = (table["http"][kind].values() for kind in ("routers", "middlewares"))
     assert router["rule"] == proxy.route_rule(routespec, True)[0]
     assert middleware == {"addPrefix": {"prefix": "/pre fix"}}
-    assert route.as_dict() == {"routespec": routespec, "target": target, "data": data}
 
 
 @pytest.mark.parametrize(
@@ -283,35 +283,32 @@ def test_addresses_that_are_none(url: str) -> None:
 
 def test_a_new_file_is_private_and_an_old_one_keeps_its_mode_and_owner(tmp_path: Path) -> None:
     path = tmp_path / "rules.toml"
-    written = proxy.replace_file(str(path), "a = 1\n", keep_mode=True)
+    written = proxy.replace_file(str(path), "a = 1\n", "option", keep_mode=True)
     assert path.stat().st_mode & 0o777 == 0o600
     assert proxy.signature(str(path)) == written
     path.chmod(0o640)
     if os.geteuid() == 0:
         os.chown(path, 1, 1)
     owner = path.stat().st_uid, path.stat().st_gid
-    proxy.replace_file(str(path), "a = 2\n", keep_mode=True)
+    proxy.replace_file(str(path), "a = 2\n", "option", keep_mode=True)
     assert path.stat().st_mode & 0o777 == 0o640
     assert (path.stat().st_uid, path.stat().st_gid) == owner
-    proxy.replace_file(str(path), "a = 3\n", keep_mode=False)
+    proxy.replace_file(str(path), "a = 3\n", "option", keep_mode=False)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert proxy.read_toml(str(path))[0] == {"a": 3}
+    assert path.read_text() == "a = 3\n"
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "rules.toml"
     path.write_text("old")
     (tmp_path / "rules.toml.tmp").write_text("of a hub that died while writing")
-    with file_size_limit(100), pytest.raises(OSError, match="File too large"):
-        proxy.replace_file(str(path), "x" * 1000, keep_mode=True)
+    with (
+        file_size_limit(100),
+        pytest.raises(OSError, match=r"cannot write .*rules.toml \(option\): File too large"),
+    ):
+        proxy.replace_file(str(path), "x" * 1000, "option", keep_mode=True)
     assert os.listdir(tmp_path) == ["rules.toml"]
     assert path.read_text() == "old"
-
-
-def test_too_deep_a_file_is_no_toml(tmp_path: Path) -> None:
-    (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
-    with pytest.raises(ValueError, match="nested too deeply|Invalid|Expected"):
-        proxy.read_toml(str(tmp_path / "deep.toml"))
 
 
 TABLES = st.recursive(
@@ -320,25 +317,38 @@ TABLES = st.recursive(
 ).filter(lambda table: isinstance(table, dict))
 
 
+def values(table: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Return every value of a table that is no filled table, by its path."""
+    found = {}
+    for key, value in table.items():
+        filled = isinstance(value, dict) and value
+        found.update(values(value, (*path, key)) if filled else {(*path, key): value})
+    return found
+
+
 @given(TABLES, TABLES)
 def test_merging_keeps_both_and_changes_neither(under: Any, over: Any) -> None:
     before = copy.deepcopy((under, over))
     merged = proxy.merge(under, over)
     assert (under, over) == before
     assert set(merged) == set(under) | set(over)
-    for path in proxy.leaves(over):
-        value, wanted = merged, over
-        for key in path:
-            value, wanted = value[key], wanted[key]
-        assert value == wanted or wanted == {}
+    flat = values(merged)
+    assert all(flat.get(path, wanted) == wanted for path, wanted in values(over).items())
 
 
-@given(TABLES)
-def test_dropping_every_leaf_leaves_nothing(table: Any) -> None:
-    for path in list(proxy.leaves(table)):
-        proxy.drop(table, path)
-        proxy.drop(table, path)
-    assert table == {}
+@given(TABLES, TABLES)
+def test_what_is_subtracted_is_gone_and_the_rest_stays(table: Any, other: Any) -> None:
+    def covers(path: tuple[str, ...]) -> bool:
+        return any(
+            (path[: len(gone)] == gone and (value != {} or path == gone))
+            or gone[: len(path)] == path
+            for gone, value in values(other).items()
+        )
+
+    wanted = {path: value for path, value in values(table).items() if not covers(path)}
+    assert values(proxy.subtract(table, proxy.shape(other))) == wanted
+    assert proxy.subtract(table, proxy.shape(table)) == {}
+    assert proxy.subtract(table, {}) == table
 
 
 # ---------------------------------------------------------------------------------------------
@@ -384,11 +394,12 @@ def answering(answer: bytes | None) -> Iterator[tuple[str, list[bytes]]]:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (b"HTTP/1.1 401 No\r\n\r\n", "refuses the credentials .401.: set traefik_api_username"),
-        (b"HTTP/1.1 404 No\r\n\r\n", "knows nothing of this proxy's file"),
+        (b"HTTP/1.1 401 No\r\n\r\n", "answers with status 401"),
+        (b"HTTP/1.1 404 No\r\n\r\n", "answers with status 404"),
         (b"HTTP/1.1 502 No\r\n\r\n", "answers with status 502"),
         (b"HTTP/1.1 302 Go\r\nLocation: http://127.0.0.1:1/\r\n\r\n", "answers with status 302"),
         (b"HTTP/1.1 200 OK\r\n\r\n<html>", "not as Traefik's API does"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[1]", "not as Traefik's API does"),
         (b"HTTP/1.1 200 OK\r\n\r\n\xff", "not as Traefik's API does"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "cannot be reached|not as Traefik's"),
         (b"SSH-2.0-OpenSSH\r\n", "cannot be reached"),
@@ -405,12 +416,69 @@ def test_answers_that_are_none(answer: bytes | None, words: str) -> None:
         assert "secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("head", "drop"),
+    [
+        (b"", b"H"),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    ],
+)
+def test_an_answer_that_drips_does_not_hold_a_thread(head: bytes, drop: bytes) -> None:
+    drops = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client, contextlib.suppress(OSError):
+                client.sendall(head)
+                while len(drops) < 2000:
+                    client.sendall(drop)
+                    drops.append(drop)
+                    time.sleep(0.01)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        api = proxy.TraefikAPI(f"http://127.0.0.1:{server.getsockname()[1]}", "", "", True)
+        with pytest.raises(proxy.APIError, match="cannot be reached .*timed out"):
+            api.get("/", 0.3)
+        thread.join()
+    assert len(drops) < 500
+
+
+def test_an_endless_answer_is_read_up_to_a_bound() -> None:
+    sent = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client, contextlib.suppress(OSError):
+                client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                while len(sent) < 1000:
+                    client.sendall(b" " * (1 << 20))
+                    sent.append("1 MiB")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        api = proxy.TraefikAPI(f"http://127.0.0.1:{server.getsockname()[1]}", "", "", True)
+        with pytest.raises(proxy.APIError, match="not as Traefik's API does"):
+            api.get("/", 20)
+        thread.join()
+    assert len(sent) < 50
+
+
 def test_the_api_is_asked_directly_with_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     with answering(b'HTTP/1.1 200 OK\r\n\r\n{"a": 1}') as (url, requests):
         assert proxy.TraefikAPI(f"{url}/", "user", "pass", True).get("/x", 5) == {"a": 1}
     assert b"GET /x HTTP/1.1" in requests[0]
     assert b"Authorization: Basic dXNlcjpwYXNz" in requests[0]
+    with answering(b"HTTP/1.1 404 No\r\n\r\n") as (elsewhere, others):
+        go = f"HTTP/1.1 307 Go\r\nLocation: {elsewhere}/\r\n\r\n".encode()
+        with answering(go) as (url, _), pytest.raises(proxy.APIError, match="with status 307"):
+            proxy.TraefikAPI(url, "user", "pass", True).get("/x", 5)
+        assert others == [], "credentials do not follow a redirect"
 
 
 def script(path: Path, text: str) -> str:
@@ -793,7 +861,9 @@ async def test_a_start_that_fails_says_why_and_leaves_nothing(
 @pytest.mark.process
 async def test_a_port_in_use_is_reported_at_once(make_proxy: ProxyFactory) -> None:
     made = make_proxy()
-    in_use = pytest.raises(RuntimeError, match="(?s)exited with code 1.*address already in use")
+    held = rf"Port {port_of(made)} is held by pid {os.getpid()}, .*python"
+    words = f"(?s)exited with code 1.*address already in use.*{held}"
+    in_use = pytest.raises(RuntimeError, match=words)
     with socket.create_server(("127.0.0.1", port_of(made))), in_use:
         await made.start()  # and no TimeoutError
     assert os.listdir(make_proxy.directory) == []
@@ -804,30 +874,35 @@ async def test_a_port_in_use_is_reported_at_once(make_proxy: ProxyFactory) -> No
 async def test_a_port_held_by_a_mute_server_is_reported_at_once(make_proxy: ProxyFactory) -> None:
     with answering(None) as (url, _):
         made = make_proxy(traefik_api_url=url)
-        with pytest.raises(RuntimeError, match="(?s)exited with code 1.*address already in use"):
+        held = rf"{url} .traefik_api_url. is held by pid {os.getpid()}, .*python"
+        with pytest.raises(RuntimeError, match=held):
             await made.start()
 
 
-@pytest.mark.process
-async def test_a_traefik_left_over_is_not_taken_for_ones_own(
-    make_proxy: ProxyFactory, backends: Backends
-) -> None:
-    first = make_proxy()
-    await first.start()
-    await first.add_route("/user/a/", backends("a"), {})
-    first._process.serving = False  # the hub died: nobody starts Traefik again
-    rules = files_of(first)[1]
-    same = {"public_url": first.public_url, "traefik_api_url": first.traefik_api_url}
-    second = make_proxy(**same)
-    with pytest.raises(RuntimeError, match="(?s)exited with code 1.*address already in use"):
-        await second.start()
-    assert set(tomli.loads(rules.read_text())["http"]["routers"]) >= {"_user_a_"}
-    assert who(port_of(first), "/user/a/") == "a", "users go on working"
-    os.killpg(first._process.pid, signal.SIGKILL)
-    first._process.ended.wait()
-    await second.start()
-    assert set(await second.get_all_routes()) == {"/user/a/"}
-    assert who(port_of(second), "/user/a/") == "a"
+async def killed(made: TraefikTomlProxy) -> None:
+    """Kill the managed Traefik; return when another one runs."""
+    pid = made._process.pid
+    os.kill(pid, signal.SIGKILL)
+    while made._process.pid == pid:
+        await asyncio.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process runs no more, though nobody may have asked for its exit code."""
+    return proxy.command_line(pid) in ([], [""])
+
+
+def lose(made: TraefikTomlProxy) -> int:
+    """Do to a proxy what the death of its hub does: nobody watches Traefik; return its pid."""
+    pid = int(made._process.pid)
+    made._process.release()
+    made._process, made._ready = None, False
+    return pid
+
+
+def same_hub(made: TraefikTomlProxy, **options: Any) -> dict[str, Any]:
+    """Return the options of the next start of the same hub."""
+    return {"public_url": made.public_url, "traefik_api_url": made.traefik_api_url, **options}
 
 
 @pytest.mark.process
@@ -845,14 +920,219 @@ async def test_a_traefik_that_dies_is_started_again(
         assert process.pid != pid
         assert who(port_of(made), "/") == "hub"
         assert who(port_of(made), f"/user/{name}/") == name
+        assert files_of(made)[0].with_name("traefik.pid").read_text() == f"{process.pid:<10}\n"
     assert caplog.text.count("Traefik exited with code -9. Traefik said:") == 3
     assert "Starting it again in 0.7 s" in caplog.text, "the pauses grow"
     os.kill(process.pid, signal.SIGKILL)
     await made.stop()  # while it would start again
-    assert process.ended.is_set()
     assert os.listdir(make_proxy.directory) == []
     with pytest.raises(OSError, match="refused"):
         fetch(port_of(made), "/")
+
+
+@pytest.mark.process
+async def test_a_traefik_that_keeps_dying_gives_its_reason_each_time(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_proxy(check_route_timeout=1)
+    await made.start()
+    static, rules = files_of(made)
+    text = static.read_text()
+    static.write_text(text + "\n[api.bogus]\n")
+    os.kill(made._process.pid, signal.SIGKILL)
+    while caplog.text.count("exited with code 1. Traefik said:") < 2:
+        await asyncio.sleep(0.01)
+    assert caplog.text.count("field not found, node: bogus") >= 2
+    with pytest.raises(TimeoutError, match="(?s)cannot be reached.*refused.*node: bogus"):
+        await made.add_route("/user/a/", backends("a"), {})
+    assert "/user/a/" in rules.read_text()
+    static.write_text(text)
+    made.check_route_timeout = 20
+    await made.add_route("/user/b/", backends("b"), {})
+    assert [who(port_of(made), f"/user/{name}/") for name in "ab"] == ["a", "b"]
+
+
+@pytest.mark.process
+async def test_a_traefik_that_hangs_is_killed_and_started_again(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_proxy(check_route_timeout=6)
+    await made.start()
+    pid = made._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    ticks = 0
+    adding = asyncio.ensure_future(made.add_route("/user/a/", backends("a"), {}))
+    while not adding.done():
+        await asyncio.sleep(0.01)
+        ticks += 1
+    await adding
+    assert ticks > 50, "the event loop goes on"
+    assert made._process.pid != pid
+    assert f"Traefik (pid {pid}) does not answer: killing it" in caplog.text
+    assert who(port_of(made), "/user/a/") == "a"
+
+
+@pytest.mark.process
+async def test_the_traefik_of_an_earlier_hub_is_adopted(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    first = make_proxy(traefik_api_password="one")
+    await first.start()
+    await first.add_route("/user/a/", backends("a"), {"user": "a"})
+    port, api_port = port_of(first), int(first.traefik_api_url.rsplit(":", 1)[1])
+    websocket = await tornado.websocket.websocket_connect(f"ws://127.0.0.1:{port}/user/a/ws")
+    pid = lose(first)
+    second = make_proxy(**same_hub(first, traefik_api_password="two"))
+    await second.start()
+    assert second._process.pid == pid
+    assert set(await second.get_all_routes()) == {"/user/a/"}
+    await second.add_route("/user/b/", backends("b"), {"user": "b"})
+    assert [who(port, f"/user/{name}/") for name in "ab"] == ["a", "b"]
+    await websocket.write_message("still there")
+    assert await websocket.read_message() == "a: 'still there'"
+    for password, status in (("one", 401), ("two", 200)):
+        basic = base64.b64encode(f"jupyterhub:{password}".encode()).decode()
+        assert fetch(api_port, "/api/version", {"Authorization": f"Basic {basic}"})[0] == status
+
+    rules = files_of(second)[1]  # its log is read as that of a started one
+    text = rules.read_text()
+    rules.write_text(text + "[http.routers.x]\nbogus = 1\n")
+    while "Traefik: " not in caplog.text or "bogus" not in caplog.text:
+        await asyncio.sleep(0.01)
+    rules.write_text(text)
+    os.kill(pid, signal.SIGKILL)  # it is watched as a started one
+    await second.add_route("/user/c/", backends("c"), {})
+    assert "Traefik exited with code unknown. Traefik said:" in caplog.text
+    assert [who(port, f"/user/{name}/") for name in "abc"] == ["a", "b", "c"]
+    third_pid = lose(second)
+    third = make_proxy(**same_hub(first))
+    await third.start()
+    assert third._process.pid == third_pid
+    await third.stop()  # it is stopped as a started one
+    wait_until(lambda: gone(third_pid))
+    assert [name for name in os.listdir(make_proxy.directory) if ".bad-" not in name] == []
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "options",
+    [{"traefik_log_level": "INFO"}, {"traefik_env": {"A": "b"}}, {"traefik_entrypoint": "web"}],
+)
+async def test_a_traefik_that_was_started_otherwise_is_replaced(
+    make_proxy: ProxyFactory, backends: Backends, options: dict[str, Any]
+) -> None:
+    first = make_proxy()
+    await first.start()
+    await first.add_route("/user/a/", backends("a"), {"user": "a"})
+    pid = lose(first)
+    second = make_proxy(**same_hub(first, **options))
+    await second.start()
+    assert gone(pid)
+    assert who(port_of(second), "/user/a/") == "a"
+    await second.stop()
+    assert os.listdir(make_proxy.directory) == []
+
+
+@pytest.mark.process
+async def test_a_recycled_pid_is_not_mistaken(make_proxy: ProxyFactory, tmp_path: Path) -> None:
+    made = make_proxy()
+    (tmp_path / "other").mkdir()
+    static = str(tmp_path / "other" / "traefik.toml")
+    others = [["sleep", "60"], ["sh", "-c", "sleep 60; :", "--configfile", static]]
+    for command in others:
+        with subprocess.Popen(command, start_new_session=True) as other:
+            (tmp_path / "traefik.pid").write_text(f"{other.pid}\n")
+            await made.start()
+            assert made._process.pid != other.pid
+            await made.stop()
+            assert other.poll() is None
+            os.killpg(other.pid, signal.SIGKILL)
+    for nonsense in ("", "none", "-1", "0", "9" * 30, "4194305"):
+        (tmp_path / "traefik.pid").write_text(nonsense)
+        await made.start()
+        await made.stop()
+    assert os.listdir(tmp_path) == ["other"]
+
+
+@pytest.mark.process
+async def test_a_traefik_that_cannot_be_adopted_is_named(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    first = make_proxy()
+    await first.start()
+    await first.add_route("/user/a/", backends("a"), {})
+    pid = lose(first)
+    (make_proxy.directory / "traefik.pid").unlink()
+    second = make_proxy(**same_hub(first))
+    with pytest.raises(RuntimeError, match=f"traefik_api_url. is held by pid {pid}, .*traefik"):
+        await second.start()
+    assert set(tomli.loads(files_of(first)[1].read_text())["http"]["routers"]) >= {"_user_a_"}
+    assert who(port_of(first), "/user/a/") == "a", "users go on working"
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: gone(pid))
+    await second.start()
+    assert who(port_of(second), "/user/a/") == "a"
+
+
+@pytest.mark.process
+async def test_an_adoption_that_fails_leaves_traefik_alone(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    first = make_proxy()
+    await first.start()
+    await first.add_route("/user/a/", backends("a"), {})
+    pid = lose(first)
+    files = sorted(os.listdir(make_proxy.directory))
+    second = make_proxy(**same_hub(first))
+    with file_size_limit(100), pytest.raises(OSError, match="cannot write .*rules.toml"):
+        await second.start()
+    os.kill(pid, signal.SIGSTOP)
+    second.check_route_timeout = 0.2
+    with pytest.raises(TimeoutError, match="timed out"):
+        await second.start()
+    os.kill(pid, signal.SIGCONT)
+    assert who(port_of(first), "/user/a/") == "a"
+    assert sorted(os.listdir(make_proxy.directory)) == files
+    await second.stop()  # it has not started
+    second.check_route_timeout = 30
+    await second.start()
+    assert second._process.pid == pid
+
+
+@pytest.mark.process
+async def test_without_inotify_traefik_gets_sighup(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_proxy(extra_static_config={"providers": {"file": {"watch": False}}})
+    await made.start()
+    for name in "abc":
+        await made.add_route(f"/user/{name}/", backends(name), {})
+        assert who(port_of(made), f"/user/{name}/") == name
+    assert caplog.text.count("misses changes of") == 1
+    await killed(made)
+    await made.delete_route("/user/a/")
+    assert who(port_of(made), "/user/a/") == "404"
+
+
+@pytest.mark.process
+async def test_much_output_is_passed_on_and_costs_no_disk(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    made = make_proxy(extra_static_config={"accessLog": {}})
+    await made.start()
+    await made.add_route("/", backends("hub"), {})
+    path = "/" + "x" * 4000
+    requests = 600
+    await asyncio.to_thread(lambda: [fetch(port_of(made), path) for _ in range(requests)])
+    while caplog.text.count(path) < requests:
+        await asyncio.sleep(0.05)
+    output = made._process._output.fileno()
+    while os.fstat(output).st_size > 1 << 20:
+        await asyncio.sleep(0.01)
+    assert os.fstat(output).st_nlink == 0
+    await made.stop()
 
 
 @pytest.mark.process
@@ -860,7 +1140,9 @@ async def test_a_refused_file_is_reported_with_traefiks_words(make_proxy: ProxyF
     made = make_proxy(
         extra_dynamic_config={"http": {"routers": {"x": {"bogus": 1}}}}, check_route_timeout=2
     )
-    with pytest.raises(TimeoutError, match="(?s)nothing of this proxy's file.*node: bogus"):
+    with pytest.raises(
+        TimeoutError, match="(?s)answers with status 404. Traefik said.*node: bogus"
+    ):
         await made.start()
 
 
@@ -965,16 +1247,23 @@ async def test_routes_and_foreign_tables_of_an_earlier_hub_are_taken_over(
 
 
 @pytest.mark.process
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[http\n", "Expected ']' at the end of a table declaration (at line 1"),
+        ("a = " + "[" * 100_000, ""),  # too deep
+    ],
+)
 async def test_a_dynamic_file_that_is_not_toml_is_moved_aside(
-    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture
+    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture, text: str, words: str
 ) -> None:
     made = make_proxy()
-    files_of(made)[1].write_text("[http\n")
+    files_of(made)[1].write_text(text)
     await made.start()
     assert await made.get_all_routes() == {}
     (aside,) = make_proxy.directory.glob("rules.toml.bad-*")
-    assert aside.read_text() == "[http\n"
-    assert "is not TOML (Expected ']' at the end of a table declaration (at line 1" in caplog.text
+    assert aside.read_text() == text
+    assert f"is not TOML ({words}" in caplog.text
     assert str(aside) in caplog.text
 
 
@@ -1005,10 +1294,110 @@ async def test_edits_of_other_people_survive(managed: TraefikTomlProxy, backends
     await managed.add_route("/user/b/", backends("b"), {})
     assert who(port_of(managed), "/user/a/") == "a"
     assert "mine" not in tomli.loads(rules.read_text())["http"]["routers"]
-    name = proxy.route_name("/user/c/")
+    name = proxy.route_name("/user/c/")  # reserved
     rules.write_text(rules.read_text() + f'[http.routers.{name}]\nrule = "Path(`/x`)"\n')
     await managed.add_route("/user/c/", backends("c"), {})
     assert who(port_of(managed), "/user/c/") == "c"
+
+
+def users_of(routes: dict[str, Any]) -> dict[str, Any]:
+    """Return the users whose servers have these routes, as the hub gives them to check_routes."""
+    return {
+        spec: SimpleNamespace(
+            spawners={
+                "": SimpleNamespace(
+                    ready=True, proxy_spec=spec, server=SimpleNamespace(host=route["target"])
+                )
+            }
+        )
+        for spec, route in routes.items()
+        if "user" in route["data"]
+    }
+
+
+async def check_repairs(made: TraefikTomlProxy, backends: Backends) -> None:
+    made.hub.host = backends("hub")
+    await made.add_route("/", backends("hub"), {"hub": True})
+    await made.add_route("/user/a/", backends("a"), {"user": "a"})
+    await made.add_route("/user/b%7B%7B/", backends("b{{"), {"user": "b{{"})
+    routes = await made.get_all_routes()
+    rules = files_of(made)[1]
+
+    def content() -> Any:
+        table = tomli.loads(rules.read_text())
+        del table["http"]["routers"][proxy.CANARY]
+        return table
+
+    good = content()
+    for damage in (
+        lambda text: None,
+        lambda text: "",
+        lambda text: MINE,
+        lambda text: "[http",
+        lambda text: text.replace("jupyterhub-api", "no-api").replace("[tls.", "[not.tls."),
+        lambda text: text.replace("owned =", "owner ="),
+        lambda text: text.replace("lines = ", "lines = 'no JSON'\nmore = "),
+        lambda text: text.replace("/user/a/", "/user/x/"),
+        lambda text: MINE + text.replace(backends("a"), "http://127.0.0.1:1"),
+    ):
+        text = damage(rules.read_text())
+        rules.unlink() if text is None else rules.write_text(text)
+        await made.check_routes(users_of(routes), {})
+        assert await made.get_all_routes() == routes
+        for path, name in (("/", "hub"), ("/user/a/", "a"), ("/user/b%7B%7B/", "b{{")):
+            assert who(port_of(made), path) == name, text
+        now = content()
+        assert now["jupyterhub"]["routes"] == good["jupyterhub"]["routes"]
+        assert now.get("tls") == good.get("tls")
+        for kind, tables in good["http"].items():
+            assert {name: now["http"][kind].get(name) for name in tables} == tables
+        if text and "mine" in text:
+            assert now["http"]["routers"]["mine"]
+            assert who(port_of(made), "/mine") == "418"
+    with file_size_limit(100):
+        rules.write_text("")
+        await made.check_routes(users_of(routes), {})  # logs, and does not fail
+        assert rules.read_text() == ""
+    await made.check_routes(users_of(routes), {})
+    assert content()["jupyterhub"]["routes"] == good["jupyterhub"]["routes"]
+    written = rules.stat().st_ino
+    await made.check_routes(users_of(routes), {})
+    assert rules.stat().st_ino == written, "what is right is not written again"
+
+
+@pytest.mark.process
+async def test_check_routes_repairs_the_file(
+    managed: TraefikTomlProxy, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    await check_repairs(managed, backends)
+    assert "was changed or removed: it is written again" in caplog.text
+
+
+@pytest.mark.process
+async def test_check_routes_repairs_an_external_file(
+    external: TraefikTomlProxy, backends: Backends
+) -> None:
+    await check_repairs(external, backends)
+
+
+@pytest.mark.process
+async def test_check_routes_says_when_an_external_traefik_is_gone(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_proxy.external(check_route_timeout=1)
+    made.hub.host = backends("hub")
+    await made.add_route("/", backends("hub"), {"hub": True})
+    make_proxy.processes[0].kill()
+    make_proxy.processes[0].wait()
+    caplog.clear()
+    await made.check_routes({}, {})
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert f"{made.traefik_api_url} cannot be reached" in caplog.text
+    made.check_route_timeout = 20
+    static = str(make_proxy.directory / "admin-static" / "traefik.toml")
+    make_proxy.start_traefik(static, installed_traefik())
+    await made.check_routes({}, {})
+    assert who(port_of(made), "/") == "hub"
 
 
 @pytest.mark.process
@@ -1112,7 +1501,7 @@ async def test_an_external_file_is_the_administrators(
 @pytest.mark.process
 async def test_missing_credentials_name_the_options(make_proxy: ProxyFactory) -> None:
     made = make_proxy(should_start=False)
-    words = "TraefikTomlProxy.traefik_api_username and c.TraefikTomlProxy.traefik_api_password"
+    words = "TraefikTomlProxy.traefik_api_username and .traefik_api_password"
     with pytest.raises(ValueError, match=words):
         await made.get_all_routes()
     assert os.listdir(make_proxy.directory) == []
@@ -1158,7 +1547,7 @@ async def test_an_entry_point_that_does_not_exist(make_proxy: ProxyFactory) -> N
         (b"HTTP/1.1 200 OK\r\n\r\n[]", "not as Traefik's API does"),
         (
             b'HTTP/1.1 200 OK\r\n\r\n{"rule": "old", "status": "enabled"}',
-            "still shows an older version",
+            "shows an older version of the file: it cannot read this one",
         ),
         (None, "timed out"),
     ],
@@ -1178,6 +1567,65 @@ async def test_a_traefik_that_does_not_follow(
         ):
             await made.get_all_routes()
     assert files_of(made)[1].exists(), "Traefik will load it when it can"
+
+
+OTHER_FILE = {"providers": {"file": {"filename": "/nowhere/rules.toml"}}}
+OWN_API = {"api": {"insecure": True}}  # on the entry point "traefik"
+UNWATCHED = {"providers": {"file": {"filename": "FILE", "watch": False}}}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("static", "words"),
+    [
+        (
+            OTHER_FILE,
+            "status 404 to everything: it is no API of Traefik, or has not read this file",
+        ),
+        ({**OTHER_FILE, **OWN_API}, "status 404: Traefik has not read this file"),
+        ({"providers": {"rest": {}}, **OWN_API}, "status 404: Traefik has no file provider"),
+        (UNWATCHED, "shows an older version of the file: .* does not see changes"),
+        ({"entryPoints": {}}, "cannot be reached .*refused"),
+    ],
+)
+async def test_what_is_wrong_with_an_external_traefik(
+    make_proxy: ProxyFactory, static: dict[str, Any], words: str
+) -> None:
+    made = make_proxy(
+        should_start=False,
+        enable_setup_dynamic_config="api" not in static,
+        traefik_api_password="x",
+    )
+    api_entry_point = "traefik" if "api" in static else "auth_api"
+    config = {
+        "api": {},
+        "log": {"level": "FATAL"},
+        "entryPoints": {api_entry_point: {"address": made.traefik_api_url.split("/")[2]}},
+        "providers": {"file": {"filename": "FILE"}},
+        **static,
+    }
+    rules = files_of(made)[1]
+    rules.touch()
+    config["entryPoints"]["http"] = {"address": made.public_url.split("/")[2]}
+    static_file = make_proxy.directory / "static.toml"
+    static_file.write_text(tomli_w.dumps(config).replace("FILE", str(rules)))
+    if static is UNWATCHED:  # it knows the file as it was before
+        first = make_proxy.external(
+            **same_hub(made), traefik_api_username="jupyterhub", traefik_api_password="x"
+        )
+        await first.get_all_routes()
+        make_proxy.processes[-1].kill()
+        make_proxy.processes[-1].wait()
+    make_proxy.processes.append(
+        subprocess.Popen([installed_traefik(), "--configfile", str(static_file)])
+    )
+    wait_until(lambda: proxy.port_holder(port_of(made)))
+    made.check_route_timeout = 1
+    with pytest.raises(TimeoutError, match=f"{made.traefik_api_url}.*{words}") as raised:
+        await made.get_all_routes()
+    assert len(str(raised.value).splitlines()) == 1
+    if "refused" not in words and static is not UNWATCHED:
+        assert f'set [providers.file] filename = "{rules}"' in str(raised.value)
 
 
 @pytest.mark.process
@@ -1406,7 +1854,7 @@ def test_the_readme_knows_every_option() -> None:
     options = [
         name for name in TraefikTomlProxy.class_own_traits(config=True) if not name.startswith("_")
     ]
-    assert len(options) == 17
+    assert len(options) == 18
     assert [name for name in options if f"`{name}`" not in readme] == []
 
 

