@@ -213,8 +213,8 @@ def test_a_toml_string_reads_back_and_is_no_template(text: str) -> None:
 def test_a_route_reads_back(name: str, data: dict[str, Any]) -> None:
     routespec = f"/user/{urllib.parse.quote(name)}/"
     target = "http://[::1]:80/pre%20fix"
-    route = proxy.make_route(routespec, target, json.dumps(data), "http", True)
-    text = f"{route.tables}\n[jupyterhub.routes]\nlines = '''\n{route.line}\n'''\n"
+    tables, line = proxy.make_route(routespec, target, json.dumps(data), "http", True)
+    text = f"{tables}\n[jupyterhub.routes]\nlines = '''\n{line}\n'''\n"
     assert "{{" not in text
     table = tomli.loads(text)
     assert json.loads(table["jupyterhub"]["routes"]["lines"]) == [routespec, target, data]
@@ -862,7 +862,7 @@ async def test_a_start_that_fails_says_why_and_leaves_nothing(
 async def test_a_port_in_use_is_reported_at_once(make_proxy: ProxyFactory) -> None:
     made = make_proxy()
     held = rf"Port {port_of(made)} is held by pid {os.getpid()}, .*python"
-    words = f"(?s)exited with code 1.*address already in use.*{held}"
+    words = f"(?s)exited with code 1. {held}.*address already in use"
     in_use = pytest.raises(RuntimeError, match=words)
     with socket.create_server(("127.0.0.1", port_of(made))), in_use:
         await made.start()  # and no TimeoutError
@@ -1501,7 +1501,7 @@ async def test_an_external_file_is_the_administrators(
 @pytest.mark.process
 async def test_missing_credentials_name_the_options(make_proxy: ProxyFactory) -> None:
     made = make_proxy(should_start=False)
-    words = "TraefikTomlProxy.traefik_api_username and .traefik_api_password"
+    words = "should_start is False and has no credentials: set c.TraefikTomlProxy.traefik_api_user"
     with pytest.raises(ValueError, match=words):
         await made.get_all_routes()
     assert os.listdir(make_proxy.directory) == []
@@ -1543,7 +1543,10 @@ async def test_an_entry_point_that_does_not_exist(make_proxy: ProxyFactory) -> N
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (b"HTTP/1.1 401 No\r\n\r\n", "refuses the credentials"),
+        (
+            b"HTTP/1.1 401 No\r\n\r\n",
+            "status 401: set traefik_api_username and traefik_api_password",
+        ),
         (b"HTTP/1.1 200 OK\r\n\r\n[]", "not as Traefik's API does"),
         (
             b'HTTP/1.1 200 OK\r\n\r\n{"rule": "old", "status": "enabled"}',

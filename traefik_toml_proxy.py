@@ -44,12 +44,11 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException, HTTPResponse
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import tomli
@@ -73,9 +72,8 @@ CRYPT_ALPHABET = "./" + string.digits + string.ascii_uppercase + string.ascii_lo
 def apr1_hash(password: str, salt: str) -> str:
     """Return the APR1 hash of a password as htpasswd files hold it: ``$apr1$SALT$DIGEST``.
 
-    The salt has 1 to 8 characters of ``./0-9A-Za-z``; others raise ``ValueError``. APR1 is
-    Apache's variant of MD5-crypt (apr_md5.c). It is quick, which is what polling the API needs
-    and what makes it unfit for a password that can be guessed; the default one is 32 random bytes.
+    Raises ``ValueError`` unless the salt is 1 to 8 of ``./0-9A-Za-z``. APR1, Apache's MD5-crypt
+    (apr_md5.c), is quick, as polling needs; so it is unfit for a password that can be guessed.
     """
     if not 1 <= len(salt) <= 8 or not set(salt) <= set(CRYPT_ALPHABET):
         raise ValueError("an APR1 salt has 1 to 8 characters of ./0-9A-Za-z")
@@ -110,8 +108,8 @@ def apr1_hash(password: str, salt: str) -> str:
 def placeholder_certificate() -> Table | None:
     """Return a new self-signed certificate as ``{"certFile": PEM, "keyFile": PEM}``.
 
-    Without a default certificate Traefik makes a 2048-bit RSA key at each reload, about 50 ms of
-    work for every route added. None when the package ``cryptography`` is missing.
+    Without one Traefik makes a 2048-bit RSA key at each reload, some 50 ms for every route added.
+    None when the package ``cryptography`` is missing.
     """
     try:
         from cryptography import x509
@@ -139,11 +137,8 @@ def placeholder_certificate() -> Table | None:
 # Routes: names are data, never code ---------------------------------------------------------------
 
 
-class Route(NamedTuple):
-    """The two pieces of ``rules.toml`` that make a route."""
-
-    tables: str  # router and service for Traefik
-    line: str  # what JupyterHub wants back, as JSON: [routespec, target, data]
+# TOML tables for Traefik, and what JupyterHub wants back as JSON: [routespec, target, data].
+Route = tuple[str, str]
 
 
 def no_template(text: str) -> str:
@@ -225,11 +220,8 @@ def split_target(target: str) -> tuple[str, str]:
             f"Traefik cannot reach the unix socket {target!r}: give the hub "
             "(c.JupyterHub.hub_bind_url), the spawner or the service a TCP address"
         )
-    found = re.fullmatch(
-        r"((?i:https?)://(?:[\w.-]+|\[[\w:.%]+\])(?::(\d+))?)(/[^?#\ud800-\udfff]*)?",
-        target,
-        re.ASCII,
-    )
+    form = r"((?i:https?)://(?:[\w.-]+|\[[\w:.%]+\])(?::(\d+))?)(/[^?#\ud800-\udfff]*)?"
+    found = re.fullmatch(form, target, re.ASCII)
     if not found or not 0 < int(found[2] or 80) < 65536:
         raise ValueError(f"target {target!r} is not of the form http[s]://host[:port][/path]")
     return found[1], unquote((found[3] or "").rstrip("/"))
@@ -246,10 +238,7 @@ def split_address(option: str, url: str) -> tuple[str, bool]:
         if "@" in parts.netloc or port == 0:
             raise ValueError
     except (KeyError, ValueError):
-        raise ValueError(
-            f"{option} is not of the form http[s]://[host][:port]; unix sockets and credentials "
-            "do not belong there"
-        ) from None
+        raise ValueError(f"{option} is not of the form http[s]://[host][:port]") from None
     host = parts.hostname or ""
     host = "" if host == "*" else f"[{host}]" if ":" in host else host
     return f"{host}:{port}", parts.scheme == "https"
@@ -281,7 +270,7 @@ url = "{server}"
     # For a TOML literal string: no quote, no control character, no template. Line by line because
     # Traefik reads one long string much faster than as many tables.
     line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("'", "\\u0027")
-    return Route(tables, no_template(line.replace("\x7f", "\\u007f")))
+    return tables, no_template(line.replace("\x7f", "\\u007f"))
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -293,7 +282,7 @@ WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
 
 
 def signature(file: str | int) -> Signature | None:
-    """Return the signature of a file, given its path or descriptor; None if there is none."""
+    """Return the signature of a file (path or descriptor); None if there is none."""
     with contextlib.suppress(FileNotFoundError):
         status = os.stat(file)
         return status.st_ino, status.st_mtime_ns, status.st_size
@@ -319,9 +308,9 @@ def read_file(path: str, option: str) -> str:
 def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signature | None:
     """Atomically replace a file, or create it with mode 0600; return the new signature.
 
-    With ``keep_mode`` an existing file keeps its mode and, as far as the system permits, its owner
-    and group. Raises ``OSError`` naming the option, and then the file is as it was. There is no
-    fsync: after a power failure the hub writes its routes again.
+    With ``keep_mode`` an existing file keeps its mode and, where permitted, owner and group. Raises
+    ``OSError`` naming the option, and then the file is as it was. No fsync: after a power failure
+    the hub writes its routes again.
     """
     temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
     data = text.encode()
@@ -375,7 +364,7 @@ def subtract(table: Mapping[str, Any], other: Mapping[str, Any]) -> Table:
 # Traefik API --------------------------------------------------------------------------------------
 
 
-class APIError(Exception):
+class APIError(RuntimeError):
     """A request to Traefik's API that brought no answer in JSON; the message says why."""
 
     def __init__(self, message: str, status: int = 0) -> None:
@@ -428,17 +417,15 @@ class TraefikAPI:
         request = urllib.request.Request(self.url + path, headers=self._headers)  # noqa: S310
         try:
             with self._opener.open(request, timeout=timeout) as response:
-                if response.status != 200:
-                    message = f"{self.url} answers with status {response.status}"
-                    raise APIError(message, response.status)
-                answer = json.loads(response.read(4 << 20))
-                if isinstance(answer, dict):
-                    return answer
+                status, text = response.status, response.read(4 << 20)
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise APIError(f"{self.url} cannot be reached ({reason})") from None
-        except ValueError:
-            pass
+        if status != 200:
+            raise APIError(f"{self.url} answers with status {status}", status)
+        with contextlib.suppress(ValueError):
+            if isinstance(answer := json.loads(text), dict):
+                return answer
         raise APIError(f"{self.url} answers, but not as Traefik's API does")
 
 
@@ -461,8 +448,8 @@ def parse_version(release: str, whose: str) -> Version:
 def find_traefik(command: Sequence[str]) -> tuple[list[str], Version]:
     """Return a command with the full path of its program, and the version that it tells.
 
-    A name is looked up on PATH, then beside this Python. Raises ``RuntimeError`` if there is no
-    such program, or if it is not Traefik 3.
+    A name is looked up on PATH, then beside this Python. Raises ``RuntimeError`` if it is not
+    there or not Traefik 3.
     """
     program = command[0] if command else ""
     found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
@@ -528,7 +515,7 @@ class TraefikProcess:
         # Traefik writes into a file without a name: that survives the hub, unlike a pipe, blocks
         # nobody, and the next hub finds it as /proc/PID/fd/1.
         self._output: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        self._passed_on = 0  # bytes
+        self._born = self._passed_on = 0  # bytes of it, at the last start and by now
 
     def find(self) -> bool:
         """Return whether the process of the pid file runs and has the same static file."""
@@ -539,7 +526,7 @@ class TraefikProcess:
             output = f"/proc/{pid}/fd/1"  # which may be anything, and may be hidden
             if self.served and os.stat(output).st_nlink == 0:
                 self._output = open(output, "r+b", buffering=0)  # noqa: SIM115
-                self._passed_on = os.path.getsize(output)
+                self._born = self._passed_on = os.path.getsize(output)
         if not self.served:
             self._set_pid(0)  # for it is nobody to signal
         return self.served
@@ -554,6 +541,7 @@ class TraefikProcess:
     def start(self) -> None:
         """Start Traefik and write its pid file. Raises ``OSError``."""
         fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # for _pass_on truncates it
+        self._born = self._passed_on
         self._popen = subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
@@ -595,7 +583,8 @@ class TraefikProcess:
             self._pass_on()
             if self._stopping.is_set():
                 break
-            pause = 0 if time.monotonic() - began > 60 else min(2 * pause + 0.1, 30)
+            young = time.monotonic() - began < 1 + pause
+            pause = min(2 * pause + 0.1, 30) if young else 0
             self.log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
             if not self._stopping.wait(pause):
                 with contextlib.suppress(OSError):  # then the next turn tries again
@@ -614,23 +603,22 @@ class TraefikProcess:
                 self.log.info("Traefik: %s", line)
         if self._passed_on > most:
             os.ftruncate(output, 0)
-            self._passed_on = 0
+            self._born = self._passed_on = 0
 
     def _readable(self, data: bytes) -> list[str]:
         return data.decode(errors="replace").replace(self.secret, "[hidden]").splitlines()
 
     def last_words(self) -> str:
         """Say how the process ended, if it did, who has its port, and what it wrote last."""
-        size = os.fstat(self._output.fileno()).st_size
-        data = os.pread(self._output.fileno(), 1 << 16, max(0, size - (1 << 16)))
-        said = "\n  ".join(self._readable(data)[-5:]) or "nothing; traefik_log_level sets how much"
-        text = f"Traefik said:\n  {said}"
-        if not self._running(0):
-            code = self._popen.returncode if self._popen else "unknown"
-            text = f"Traefik exited with code {code}. {text}"
-            for port in re.findall(r":(\d+): bind: address already in use", said)[-1:]:
-                text += f"\nPort {port} is held by {port_holder(int(port))}."
-        return text
+        output = self._output.fileno()
+        begin = max(self._born, os.fstat(output).st_size - (1 << 16))
+        lines = self._readable(os.pread(output, 1 << 16, begin))[-5:]
+        said = "\n  ".join(lines) or "nothing; traefik_log_level sets how much"
+        code = self._popen.returncode if self._popen else "unknown"
+        text = "" if self._running(0) else f"Traefik exited with code {code}. "
+        for port in re.findall(r":(\d+): bind: address already in use", said)[-1:]:
+            text += f"Port {port} is held by {port_holder(int(port))}. "
+        return f"{text}Traefik said:\n  {said}"
 
     def failed(self) -> bool:
         """Return whether it ended before it ever served."""
@@ -679,6 +667,8 @@ CANARY = "jupyterhub-revision_"
 Change = tuple[str, tuple[str, str] | None]  # (routespec, (target, data)); None to delete
 Batch = list[Change]  # changes that are written together
 
+RULES, STATIC = "toml_dynamic_config_file", "toml_static_config_file"  # options, for errors
+LEVELS = ("TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL", "PANIC")
 ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "QuestionMark", "Hash")
 
 
@@ -689,10 +679,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         "traefik.toml", config=True, help="Path of the static configuration, in managed mode."
     )
     toml_dynamic_config_file = Unicode(
-        "rules.toml",
-        config=True,
-        help="""Path of the dynamic configuration, with the routes. If should_start is False, the
-        default is the first of /etc/traefik, $HOME/.traefik and . that has a rules.toml.""",
+        "rules.toml", config=True, help="Path of the dynamic configuration, which has the routes."
     )
     traefik_pid_file = Unicode(
         config=True, help="Path of Traefik's pid file. Default: traefik.pid beside traefik.toml."
@@ -720,10 +707,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         Unicode(), config=True, help="Environment variables for Traefik. GOGC is 200 unless set."
     )
     traefik_log_level = CaselessStrEnum(
-        ["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL", "PANIC"],
-        "ERROR",
-        config=True,
-        help="Level of Traefik's own log, which appears in the hub's.",
+        LEVELS, "ERROR", config=True, help="Level of Traefik's own log, passed on to the hub's."
     )
     check_route_timeout = Float(30, config=True, help="Seconds to wait until a change is served.")
     traefik_providers_throttle_duration = Unicode(
@@ -805,9 +789,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     async def get_all_routes(self) -> dict[str, Table]:
         """Return ``{routespec: {"routespec": …, "target": …, "data": {…}}}``, as copies."""
         await self._be_ready()
-        names, lines = ("routespec", "target", "data"), [r.line for r in self._routes.values()]
-        routes = (dict(zip(names, json.loads(line), strict=True)) for line in lines)
-        return {route["routespec"]: route for route in routes}
+        names = ("routespec", "target", "data")
+        routes = (zip(names, json.loads(line), strict=True) for _, line in self._routes.values())
+        return {route["routespec"]: route for route in map(dict, routes)}
 
     async def check_routes(self, user_dict: Any, service_dict: Any, routes: Any = None) -> None:
         """Check file and Traefik, then the routes: what others changed is written again."""
@@ -817,11 +801,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     async def _be_ready(self) -> None:
         """In external mode nothing calls start(): set up at the first call, whichever it is."""
-        if self._ready:
-            return
-        if self.should_start:
-            raise RuntimeError("Traefik is not running: call start() first")
-        await self._set_up(self._connect)
+        if not self._ready:
+            if self.should_start:
+                raise RuntimeError("Traefik is not running: call start() first")
+            await self._set_up(self._connect)
 
     async def _set_up(self, work: Callable[[], None]) -> None:
         async with self._lock:
@@ -882,12 +865,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self.log.info("Traefik %s: %s", ".".join(map(str, self._version)), command[0])
         static_file = os.path.abspath(self.toml_static_config_file)
         self._file = os.path.abspath(self.toml_dynamic_config_file)
-        before = read_file(static_file, "toml_static_config_file")
+        before = read_file(static_file, STATIC)
         if before.strip() and not before.startswith(WRITTEN_BY):
-            raise ValueError(
-                f"{static_file} was not written by this proxy: move it away, change "
-                "toml_static_config_file, or set should_start = False if you start Traefik yourself"
-            )
+            advice = f"move it away, change {STATIC}, or set should_start = False"
+            raise ValueError(f"{static_file} was not written by this proxy: {advice}")
         # To be adopted, a Traefik must have been started in the same way, too.
         way = json.dumps([self._version, command, self.traefik_env]).encode()
         static = self._render(self._static_config(), "extra_static_config")
@@ -907,10 +888,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             if adopted:
                 process.watch()
             else:
-                replace_file(static_file, static, "toml_static_config_file", keep_mode=False)
+                replace_file(static_file, static, STATIC, keep_mode=False)
                 process.end()  # one of an earlier hub that was started otherwise
                 holder = port_holder(urlsplit(self.traefik_api_url).port or 0)
-                if holder:  # it could answer in place of our Traefik
+                if holder:  # who could answer in place of our Traefik
                     raise RuntimeError(f"{self._api.url} (traefik_api_url) is held by {holder}")
                 process.start()
             self._wait_for_traefik()
@@ -928,28 +909,22 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     def _connect(self) -> None:
         """External mode: write the dynamic file and wait until the running Traefik serves it."""
         if self.enable_setup_dynamic_config and not self.traefik_api_password:
-            raise ValueError(
-                "the credentials of Traefik's API are missing (should_start is False): set "
-                "c.TraefikTomlProxy.traefik_api_username and .traefik_api_password"
-            )
+            options = "c.TraefikTomlProxy.traefik_api_username and .traefik_api_password"
+            raise ValueError(f"should_start is False and has no credentials: set {options}")
         candidates = [self.toml_dynamic_config_file]
         if candidates == ["rules.toml"]:
             home = os.path.expanduser("~/.traefik/rules.toml")
             candidates = ["/etc/traefik/rules.toml", home, "rules.toml"]
-        self._file = os.path.abspath(next(filter(os.path.exists, candidates), candidates[-1]))
-        if os.path.islink(self._file):  # replace the file, not the link
-            self._file = os.path.realpath(self._file)
+        # The real path, to replace the file and not a link to it.
+        self._file = os.path.realpath(next(filter(os.path.exists, candidates), candidates[-1]))
         self.log.info("Routes are in %s, Traefik's API is %s", self._file, self.traefik_api_url)
         self._prepare()
         self._write_routes(self._routes)
         self._wait_for_traefik()
-        try:
-            release = str(self._api.get("/api/version", self.check_route_timeout).get("Version"))
-        except APIError as error:
-            raise RuntimeError(f"/api/version failed: {error}") from None
+        release = str(self._api.get("/api/version", self.check_route_timeout).get("Version"))
         self.log.info("Traefik %s answers at %s", release, self._api.url)
         self._version = parse_version(release, self._api.url)
-        routes = dict(self._parse_line(route.line) for route in self._routes.values())
+        routes = dict(self._parse_line(line) for _, line in self._routes.values())
         if routes != self._routes:  # an old version sees paths in another spelling
             self._write_routes(routes)
             self._wait_for_traefik()
@@ -969,7 +944,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         split_address("traefik_api_url", url)
         self._api = TraefikAPI(url, user, password, self.traefik_api_validate_cert)
         self._own = self._dynamic_config()
-        self._render(self._own, "extra_dynamic_config")
+        self._render(self._own, "extra_dynamic_config")  # it has to be possible
         self._routes = {}
         for line in self._read_file():
             try:
@@ -986,7 +961,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     def _read_file(self) -> list[str]:
         """Learn the tables of other people from the dynamic file; return its lines of routes."""
         self._head, self._foreign, self._written = "", {}, signature(self._file)
-        text = read_file(self._file, "toml_dynamic_config_file")
+        text = read_file(self._file, RULES)
         try:
             content = tomli.loads(text)
         except (RecursionError, ValueError) as error:
@@ -1019,9 +994,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         if remove_dynamic and self._foreign:
-            replace_file(
-                self._file, tomli_w.dumps(self._foreign), "toml_dynamic_config_file", False
-            )
+            replace_file(self._file, tomli_w.dumps(self._foreign), RULES, keep_mode=False)
 
     # The two configurations ------------------------------------------------------------------
 
@@ -1068,25 +1041,21 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             users = [f"{self.traefik_api_username}:{self.traefik_api_hashed_password}"]
             middleware = {"basicAuth": {"users": users}}
             config["http"] = {"routers": {name: router}, "middlewares": {name: middleware}}
-        certificate: Table | None = None
+        certificate = placeholder_certificate() if self.should_start else None
         if self.ssl_cert:
             cert, key = self.ssl_cert, self.ssl_key or self.ssl_cert
             try:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, lambda: "")
             except OSError as error:
-                raise ValueError(
-                    f"JupyterHub.ssl_cert {cert} and ssl_key {key} are of no use: {error}"
-                ) from None
+                text = f"JupyterHub.ssl_cert {cert} and ssl_key {key} are of no use: {error}"
+                raise ValueError(text) from None
             certificate = {"certFile": os.path.abspath(cert), "keyFile": os.path.abspath(key)}
-        elif self.should_start:
-            certificate = placeholder_certificate()
         if certificate:
             config["tls"] = {"stores": {"default": {"defaultCertificate": certificate}}}
-        config = merge(config, self.extra_dynamic_config)
-        for name, table in config.items():
+        for name, table in self.extra_dynamic_config.items():
             if not isinstance(table, Mapping):
                 raise ValueError(f"extra_dynamic_config: {name} has to be a table")
-        return config
+        return merge(config, self.extra_dynamic_config)
 
     def _render(self, config: Table, option: str) -> str:
         """Return a table as TOML that is no Go template. Raises ``ValueError`` for the option."""
@@ -1148,13 +1117,11 @@ service = "noop@internal"
 [jupyterhub.routes]
 lines = '''
 """
-        tables = "".join(route.tables for route in routes.values())
-        lines = "\n".join(route.line for route in routes.values())
+        tables = "".join(tables for tables, _ in routes.values())
+        lines = "\n".join(line for _, line in routes.values())
         text = f"{self._head}{tables}{canary}{lines}\n'''\n"
         self._confirmed = False
-        self._written = replace_file(
-            self._file, text, "toml_dynamic_config_file", keep_mode=not self.should_start
-        )
+        self._written = replace_file(self._file, text, RULES, keep_mode=not self.should_start)
         self._routes = routes
 
     def _wait_for_traefik(self) -> None:
