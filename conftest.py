@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -415,6 +416,12 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        for path in Path("/proc").glob("[0-9]*/environ"):  # servers that outlived their hub
+            with contextlib.suppress(OSError):
+                if f"http://127.0.0.1:{self.hub_port}/".encode() in path.read_bytes():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int((self.directory / "traefik.pid").read_text()), signal.SIGKILL)
 
 
 @pytest.fixture

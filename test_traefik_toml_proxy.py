@@ -1761,23 +1761,26 @@ async def test_an_external_traefik_of_another_version(
 # ---------------------------------------------------------------------------------------------
 
 
-async def run_in_kernel(hub: WholeHub, base: str, code: str) -> str:
-    """Start a kernel over HTTP, run code in it over its websocket, return what it printed."""
+async def open_kernel(hub: WholeHub, base: str) -> Any:
+    """Start a kernel over HTTP; return its websocket."""
     response = hub.request(f"{base}api/kernels", b"{}", "POST")
     assert response.status == 201, response.read()
     kernel = json.loads(response.read())["id"]
     url = f"ws://127.0.0.1:{hub.port}{base}api/kernels/{kernel}/channels"
     cookie = "; ".join(f"{name}={value}" for name, value in hub.cookies(url).items())
     request = tornado.httpclient.HTTPRequest(url, headers={"Cookie": cookie, "Origin": hub.url})
-    connection = await tornado.websocket.websocket_connect(request)
-    header = {"msg_id": "1", "msg_type": "execute_request", "session": "s", "username": ""}
+    return await tornado.websocket.websocket_connect(request)
+
+
+async def run_in_kernel(connection: Any, code: str) -> str:
+    """Run code over the websocket of a kernel; return what it printed."""
+    header = {"msg_id": code, "msg_type": "execute_request", "session": "s", "username": ""}
     content = {"code": code, "silent": False}
     message = {"header": header, "parent_header": {}, "metadata": {}, "content": content}
     await connection.write_message(json.dumps({**message, "channel": "shell", "buffers": []}))
     while True:
         answer = json.loads(await asyncio.wait_for(connection.read_message(), 60))
-        if answer["msg_type"] == "stream":
-            connection.close()
+        if answer["msg_type"] == "stream" and answer["parent_header"]["msg_id"] == code:
             return str(answer["content"]["text"])
 
 
@@ -1797,12 +1800,16 @@ def start_server(hub: WholeHub, name: str) -> str:
 
 @pytest.mark.process
 @pytest.mark.hub
-def test_a_user_works_through_a_whole_jupyterhub(whole_hub: Callable[..., WholeHub]) -> None:
+async def test_a_user_works_through_a_whole_jupyterhub(
+    whole_hub: Callable[..., WholeHub],
+) -> None:
     password = "a long password for the API"
     hub = whole_hub(f"c.TraefikTomlProxy.traefik_api_password = {password!r}")
     name = "a+b@example.com"
     base = start_server(hub, name)
-    assert asyncio.run(run_in_kernel(hub, base, "print(6 * 7)")) == "42\n"
+    kernel = await open_kernel(hub, base)
+    assert await run_in_kernel(kernel, "print(6 * 7)") == "42\n"
+    kernel.close()
     rules = tomli.loads((hub.directory / "rules.toml").read_text())
     assert proxy.route_name(base) in rules["http"]["routers"]
 
@@ -1824,27 +1831,44 @@ def test_a_user_works_through_a_whole_jupyterhub(whole_hub: Callable[..., WholeH
 
 @pytest.mark.process
 @pytest.mark.hub
-def test_a_hub_that_crashed_goes_on_serving_what_runs(whole_hub: Callable[..., WholeHub]) -> None:
-    hub = whole_hub("c.Proxy.extra_routes = {'/extra/': 'http://127.0.0.1:1/x/'}")
+async def test_running_notebooks_do_not_notice_that_the_hub_restarts(
+    whole_hub: Callable[..., WholeHub],
+) -> None:
+    hub = whole_hub(
+        """
+c.JupyterHub.cleanup_proxy = False
+c.JupyterHub.cleanup_servers = False
+c.Proxy.extra_routes = {'/extra/': 'http://127.0.0.1:1/x/'}
+"""
+    )
     base = start_server(hub, "alice")
-    kernels = hub.request(f"{base}api/kernels").read()
-    traefik = re.findall(r"Traefik \(pid (\d+)\) serves", hub.log())
-    hub.process.kill()
-    hub.process.wait()
-    assert hub.request(f"{base}api/kernels").read() == kernels, "Traefik goes on without the hub"
-    os.kill(int(traefik[-1]), signal.SIGTERM)
-    wait_until(hub.port_is_free)
-    stale = '["/user/stale/", "http://127.0.0.1:1", {"user": "stale"}]'
-    rules = hub.directory / "rules.toml"
-    rules.write_text(rules.read_text().replace("lines = '''", f"lines = '''\n{stale}"))
-    hub.process = hub.start()
-    hub.wait_up()
-    assert hub.request(f"{base}api/kernels").read() == kernels
-    assert hub.request("/extra/").status == 502
-    wait_until(lambda: "Deleting stale route /user/stale/" in hub.log())
-    wait_until(lambda: "stale" not in rules.read_text())
+    kernel = await open_kernel(hub, base)
+    assert await run_in_kernel(kernel, "a = 6; print(a)") == "6\n"
+    pid_file, rules = hub.directory / "traefik.pid", hub.directory / "rules.toml"
+    traefik = pid_file.read_text()
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        hub.process.send_signal(number)
+        hub.process.wait(30)
+        assert await run_in_kernel(kernel, "a = a + 1; print(a)")
+        stale = '["/user/stale/", "http://127.0.0.1:1", {"user": "stale"}]'
+        rules.write_text(rules.read_text().replace("lines = '''", f"lines = '''\n{stale}"))
+        hub.log_file.write_text("")
+        hub.process = hub.start()
+        await asyncio.to_thread(hub.wait_up)
+        assert pid_file.read_text() == traefik, "Traefik is adopted"
+        assert f"Traefik (pid {int(traefik)}) serves" in hub.log()
+        assert await run_in_kernel(kernel, "print(a, 'still')") in ("7 still\n", "8 still\n")
+        wait_until(lambda: "Deleting stale route /user/stale/" in hub.log())
+        wait_until(lambda: "stale" not in rules.read_text())
+        assert hub.request("/extra/").status == 502
+    kernel.close()
+    os.kill(int(traefik), signal.SIGKILL)
+    wait_until(lambda: "Starting it again" in hub.log())
+    wait_until(lambda: not hub.port_is_free())
+    hub.log_in("alice")
     response = hub.request("/hub/api/users/alice/server", method="DELETE")
     assert response.status in (202, 204), response.read()
+    assert "Traceback" not in hub.log()
 
 
 # ---------------------------------------------------------------------------------------------
