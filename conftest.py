@@ -37,6 +37,11 @@ HERE = Path(__file__).parent
 OLD_VERSIONS = ("3.0.4", "3.3.6", "3.4.1", "3.6.4")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_text = "how long the churn test runs, in seconds"
+    parser.addoption("--churn", type=float, default=120, metavar="SECONDS", help=help_text)
+
+
 def free_port() -> int:
     """Return a port on 127.0.0.1 that nothing listens on."""
     with socket.socket() as probe:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import collections
 import contextlib
 import copy
+import gc
 import http.client
 import importlib.metadata
 import json
@@ -14,6 +16,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import random
 import re
 import resource
 import shutil
@@ -1869,6 +1872,389 @@ c.Proxy.extra_routes = {'/extra/': 'http://127.0.0.1:1/x/'}
     response = hub.request("/hub/api/users/alice/server", method="DELETE")
     assert response.status in (202, 204), response.read()
     assert "Traceback" not in hub.log()
+
+
+# ---------------------------------------------------------------------------------------------
+# Churn: everything at once that may happen to the front door, for two minutes or an hour
+# ---------------------------------------------------------------------------------------------
+
+
+SERVERS = [f"server-{number}" for number in range(8)]
+FOREIGN = "[http.routers.by-hand]\nrule = 'Path(`/by-hand`)'\nservice = 'noop@internal'\n"
+DAMAGE = {"no TOML": "routes = {{ no TOML", "only a foreign router": FOREIGN, "deleted": None}
+
+
+class ChurnedRoute:
+    """What is known about a route: which servers it had; the hub answers where there is none."""
+
+    def __init__(self, name: str, server: str = "hub") -> None:
+        self.spec = f"/user/{urllib.parse.quote(name, safe='@~')}/" if name else "/"
+        self.servers = [server]
+        self.settled = 0  # index of the last one that is certain: the call returned
+
+
+class Churn:
+    """Changes routes, does harm and asks for routes, all at random, until it is over."""
+
+    def __init__(self, disk: Path, is_tmpfs: bool, backends: Backends) -> None:
+        self.factory, self.backends, self.is_tmpfs = ProxyFactory(disk), backends, is_tmpfs
+        self.log = logging.getLogger("churn")  # its own: pytest would keep all of it in memory
+        self.handler = logging.FileHandler(disk.with_suffix(".log"))
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(threadName)s %(message)s"))
+        self.log.addHandler(self.handler)
+        self.log.propagate = False
+        self.log.disabled = not is_tmpfs  # its file would be limited, too
+        self.proxy = first = self.factory(log=self.log)
+        self.options = {
+            "public_url": first.public_url,
+            "traefik_api_url": first.traefik_api_url,
+            "log": self.log,
+        }
+        self.port, self.rules = port_of(first), Path(first.toml_dynamic_config_file)
+        self.hub, self.keeper = ChurnedRoute("", "hub"), ChurnedRoute("keeper", "server-0")
+        self.routes = [self.hub, self.keeper]
+        self.over = asyncio.Event()
+        self.front, self.file = asyncio.Lock(), asyncio.Lock()  # one harm at a time to each
+        self.harms: list[str] = []  # going on
+        self.begun: list[str] = []  # all that ever began
+        self.gaps: list[float] = []
+        self.longest: dict[str, float] = collections.defaultdict(float)
+        self.count: dict[str, int] = collections.Counter()
+        self.counting = threading.Lock()
+        self.growth = 0.0  # of memory, in MB
+
+    def tally(self, what: str) -> None:
+        with self.counting:
+            self.count[what] += 1
+
+    async def pause(self, least: float, most: float) -> bool:
+        """Wait at random, at most until it is over; return whether to go on."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.over.wait(), random.uniform(least, most))
+        return not self.over.is_set()
+
+    @contextlib.contextmanager
+    def harming(self, kind: str) -> Iterator[None]:
+        """While this lasts, requests may fail; note how long the longest took."""
+        began = time.monotonic()
+        self.tally(kind)
+        self.harms.append(kind)
+        self.begun.append(kind)
+        self.log.error("CHURN %s", kind)
+        try:
+            yield
+        finally:
+            self.harms.remove(kind)
+            self.longest[kind] = max(self.longest[kind], time.monotonic() - began)
+            self.log.error("CHURN %s over", kind)
+
+    # Changes -----------------------------------------------------------------------------------
+
+    async def attempt(self, route: ChurnedRoute) -> bool:
+        """Give a route the last one of its servers; return whether that worked."""
+        server, began = route.servers[-1], time.monotonic()
+        try:
+            if server == "hub" and route is not self.hub:
+                await self.proxy.delete_route(route.spec)
+            else:
+                await self.proxy.add_route(route.spec, self.backends(server), {"by": "churn"})
+        except (OSError, RuntimeError):
+            self.tally("failed calls")
+            return False
+        finally:
+            self.longest["calls"] = max(self.longest["calls"], time.monotonic() - began)
+        route.settled = len(route.servers) - 1
+        self.tally("changes")
+        return True
+
+    async def change_routes(self, number: int) -> None:
+        """Add, change and delete routes of one's own; leave none in doubt at the end."""
+        names = [f"user{number}", f"u.{number}@example.org", f"Ü {number}~x", f"a-{number}_b"]
+        mine = [ChurnedRoute(name) for name in names]
+        self.routes += mine
+        while await self.pause(0, 0.4):
+            route = random.choice(mine)
+            route.servers.append(random.choice(["hub", *SERVERS]))
+            while not await self.attempt(route) and await self.pause(0, 0.2):
+                if random.random() < 0.3:
+                    break  # never mind; both servers stay possible until a call returns
+        for route in mine:
+            while route.settled < len(route.servers) - 1 and not await self.attempt(route):
+                await asyncio.sleep(0.1)
+
+    # Harm --------------------------------------------------------------------------------------
+
+    def wait_for_hub(self) -> float:
+        """Return the seconds until a request to the hub gets through."""
+        began, answer = time.monotonic(), ""
+        while answer != "hub":
+            assert time.monotonic() < began + 60, "Traefik does not come back"
+            time.sleep(0.001)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                answer = who(self.port, "/")
+        return time.monotonic() - began
+
+    async def kill_traefik(self) -> None:
+        async with self.front:
+            harms, begun = list(self.harms), len(self.begun)
+            with self.harming("kills"):
+                os.kill(self.proxy._process.pid, signal.SIGKILL)
+                gap = await asyncio.to_thread(self.wait_for_hub)
+            if "overwrites" not in harms + self.begun[begun:]:  # else it had nothing to serve
+                self.gaps.append(gap)
+
+    async def drop_hub(self) -> None:
+        """The hub dies, at times Traefik with it, and comes again with new credentials."""
+        async with self.front, self.file:
+            url = f"ws://127.0.0.1:{self.port}{self.keeper.spec}ws"
+            socket = await tornado.websocket.websocket_connect(url)
+            await self.check_echo(socket)
+            with contextlib.ExitStack() as harm:
+                old, pid = self.proxy, self.proxy._process.pid
+                old._closing.set()
+                async with old._lock:  # no write of the dead one comes later
+                    old._ready = False
+                    await old._in_thread(old._process.release)
+                both = random.random() < 0.2
+                if both:
+                    harm.enter_context(self.harming("ends of both"))
+                    os.kill(pid, signal.SIGKILL)
+                new = self.factory(**self.options)
+                while not new._ready:
+                    try:
+                        await new.start()
+                    except OSError:  # the disk is full
+                        self.tally("failed starts")
+                        await asyncio.sleep(0.1)
+                self.proxy = new
+            assert (new._process.pid == pid) is not both
+            if not both:
+                self.tally("adoptions")
+                await self.check_echo(socket)
+                self.tally("websockets kept")
+            socket.close()
+
+    async def check_echo(self, socket: tornado.websocket.WebSocketClientConnection) -> None:
+        await socket.write_message("hello")
+        answer = await asyncio.wait_for(socket.read_message(), 5)
+        assert answer == f"{self.keeper.servers[0]}: 'hello'"
+
+    async def overwrite_file(self) -> None:
+        """Somebody damages rules.toml; sooner or later JupyterHub has the routes checked."""
+        async with self.file:
+            with self.harming("overwrites"):
+                text = random.choice(list(DAMAGE.values()))
+                if random.random() < 0.5:  # just when the hub wrote it, and before Traefik read it
+                    written = proxy.signature(str(self.rules))
+                    while written == proxy.signature(str(self.rules)) and not self.over.is_set():
+                        await asyncio.sleep(0)
+                with contextlib.suppress(OSError):  # a full disk: then the file is empty
+                    self.rules.unlink() if text is None else self.rules.write_text(text)
+                await self.pause(0, 0.5)
+                repaired = False
+                while not repaired:
+                    try:
+                        await self.proxy._change()  # what check_routes does first
+                        repaired = True
+                    except (OSError, RuntimeError):
+                        self.tally("failed checks")
+                        await asyncio.sleep(0.1)
+            for bad in self.rules.parent.glob("*.bad-*"):
+                bad.unlink()
+
+    async def fill_disk(self) -> None:
+        self.tally("disk-full spells")
+        if not self.is_tmpfs:
+            async with self.front:  # Traefik, started in such a spell, would keep the limit
+                with file_size_limit(100):
+                    await self.pause(1, 1)
+            return
+        with open(self.rules.with_name("ballast"), "wb", buffering=0) as ballast:
+            end = time.monotonic() + 1
+            while time.monotonic() < end:  # again and again: other files shrink
+                with contextlib.suppress(OSError):
+                    while ballast.write(b"x" * 4096):
+                        pass
+                await asyncio.sleep(0.02)
+        self.rules.with_name("ballast").unlink()
+
+    async def repeat(self, event: Any, least: float, most: float) -> None:
+        while await self.pause(least, most):
+            await event()
+
+    # Requests ----------------------------------------------------------------------------------
+
+    def request_routes(self) -> None:
+        """Ask for routes, over new or kept connections, and judge the answers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        while not self.over.is_set():
+            route = random.choice(self.routes)
+            first, harms, begun = route.settled, list(self.harms), len(self.begun)
+            try:
+                if random.random() < 0.5:
+                    connection.close()
+                connection.request("GET", f"{route.spec}x")
+                response = connection.getresponse()
+                text = response.read()
+                answer = json.loads(text)["who"] if response.status == 200 else ""
+                problem = f"{response.status}"
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                answer, problem = "", repr(error)
+            possible = route.servers[first:]
+            harms += self.begun[begun:]
+            self.tally("requests")
+            if answer in possible:
+                continue
+            if answer == "hub" and "overwrites" in harms:
+                self.tally("hub answered while the file was damaged")
+            elif answer:
+                self.tally("wrong answers")
+                self.log.error("CHURN %s: %s instead of %s", route.spec, answer, possible)
+            elif harms:
+                self.tally("errors during gaps")
+                time.sleep(0.005)
+            else:
+                self.tally("errors outside gaps")
+                self.log.error("CHURN %s: %s instead of %s", route.spec, problem, possible)
+        connection.close()
+
+    # The whole ---------------------------------------------------------------------------------
+
+    async def run(self, seconds: float) -> None:
+        await self.proxy.start()
+        for route in (self.hub, self.keeper):
+            assert await self.attempt(route)
+        work = [self.change_routes(number) for number in range(20)]
+        work += [asyncio.to_thread(self.request_routes) for _ in range(2)]
+        work += [
+            self.repeat(self.kill_traefik, 1, 5),
+            self.repeat(self.drop_hub, 1, 5),
+            self.repeat(self.overwrite_file, 1, 8),
+            self.repeat(self.fill_disk, 2, 8),
+        ]
+        tasks = [asyncio.ensure_future(item) for item in work]
+        try:
+            done, _ = await asyncio.wait(tasks, timeout=seconds / 3, return_when="FIRST_EXCEPTION")
+            warm = resident_memory()
+            if not done:
+                await asyncio.wait(tasks, timeout=seconds * 2 / 3, return_when="FIRST_EXCEPTION")
+        finally:
+            self.over.set()
+            if all(task.exception() is None for task in tasks if task.done()):
+                await asyncio.wait(tasks, timeout=120, return_when="FIRST_EXCEPTION")
+            stuck = [task for task in tasks if not task.done() and task.cancel()]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in filter(None, results):
+            if not isinstance(error, asyncio.CancelledError):
+                raise error
+        assert not stuck, "changes of routes did not succeed in 120 s"
+        self.growth = resident_memory() - warm
+
+    async def close(self) -> None:
+        await self.factory.close()
+        pid_file = Path(self.proxy.traefik_pid_file)
+        if pid_file.exists():  # of a Traefik that a failure left without a hub
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+        self.log.removeHandler(self.handler)
+        self.handler.close()
+
+    async def views(self) -> dict[str, dict[str, str]]:
+        """Return the server of each route as everybody sees it, by the name of its router."""
+        live = [r for r in self.routes if r is self.hub or r.servers[-1] != "hub"]
+        table = await self.proxy.get_all_routes()
+        content = tomli.loads(self.rules.read_text())
+        lines = map(json.loads, content["jupyterhub"]["routes"]["lines"].splitlines())
+        http_part = content["http"]
+        token = f"{self.proxy.traefik_api_username}:{self.proxy.traefik_api_password}"
+        headers = {"Authorization": f"Basic {base64.b64encode(token.encode()).decode()}"}
+        api_port = int(self.proxy.traefik_api_url.split(":")[2])
+
+        def from_api(kind: str) -> dict[str, Any]:
+            _, items = fetch(api_port, f"/api/http/{kind}?per_page=10000", headers)
+            return {item["name"][:-5]: item for item in items if item["name"].endswith("@file")}
+
+        def servers(routers: dict[str, Any], services: dict[str, Any]) -> dict[str, str]:
+            own = {name: services[name] for name in routers if name.startswith("_")}
+            return {n: item["loadBalancer"]["servers"][0]["url"] for n, item in own.items()}
+
+        routers = from_api("routers")
+        rules = {name: router["rule"] for name, router in routers.items()}
+        assert rules == {name: router["rule"] for name, router in http_part["routers"].items()}
+        return {
+            "truth": {proxy.route_name(r.spec): self.backends(r.servers[-1]) for r in live},
+            "table": {proxy.route_name(spec): route["target"] for spec, route in table.items()},
+            "lines": {proxy.route_name(spec): target for spec, target, _ in lines},
+            "file": servers(http_part["routers"], http_part["services"]),
+            "API": servers(routers, from_api("services")),
+        }
+
+    def figures(self) -> dict[str, str]:
+        """Return what is worth telling."""
+        always = ("lost routes", "wrong answers", "errors during gaps", "errors outside gaps")
+        figures = {name: str(self.count[name]) for name in sorted({*self.count, *always})}
+        for name, took in sorted(self.longest.items()):
+            figures[f"longest of {name}"] = f"{took:.3f} s"
+        figures["median gap after a SIGKILL"] = f"{statistics.median(self.gaps or [0]):.3f} s"
+        figures["longest gap after a SIGKILL"] = f"{max(self.gaps, default=0):.3f} s"
+        figures["growth of memory"] = f"{self.growth:.1f} MB"
+        figures["disk"] = "tmpfs of 1 MB" if self.is_tmpfs else "limit of file sizes"
+        return figures
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path) -> Iterator[bool]:
+    """Mount a disk of 1 MB on a directory, or tell that one may not."""
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)]
+    mounted = bool(shutil.which("mount")) and not subprocess.run(mount, check=False).returncode
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def open_things() -> tuple[int, int]:
+    """Return the numbers of file descriptors and of threads."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+@pytest.mark.process
+@pytest.mark.churn
+async def test_churn(request: pytest.FixtureRequest, tmp_path: Path, backends: Backends) -> None:
+    seconds = request.config.getoption("--churn")
+    for server in ("hub", *SERVERS):
+        backends(server)
+    with small_disk(tmp_path / "disk") as is_tmpfs:
+        before = open_things()
+        churn = Churn(tmp_path / "disk", is_tmpfs, backends)
+        try:
+            await churn.run(seconds)
+            views = await churn.views()
+            truth = set(views["truth"].items())
+            lost = {item for view in views.values() for item in truth - set(view.items())}
+            churn.count["lost routes"] = len(lost)
+            for route in churn.routes:
+                if who(churn.port, route.spec) != route.servers[-1]:
+                    churn.tally("wrong answers")
+        finally:
+            await churn.close()
+            print(f"\n{'duration':36}{seconds:>14g} s")
+            print(*(f"{name:36}{text:>16}" for name, text in churn.figures().items()), sep="\n")
+        await asyncio.get_running_loop().shutdown_default_executor()
+        assert os.listdir(tmp_path / "disk") in ([], ["rules.toml"])  # with the foreign router
+    wait_until(lambda: open_things() == before)
+    for whose, view in views.items():
+        assert view == views["truth"], whose
+    for kind in ("kills", "adoptions", "websockets kept", "overwrites", "disk-full spells"):
+        assert churn.count[kind], kind
+    for kind in ("lost routes", "wrong answers", "errors outside gaps"):
+        assert not churn.count[kind], kind
+    assert statistics.median(churn.gaps) < 0.5
+    assert churn.longest["calls"] < 10, "something hung"
+    assert churn.growth < 30
 
 
 # ---------------------------------------------------------------------------------------------

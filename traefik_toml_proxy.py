@@ -772,8 +772,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """Add or change a route; return when requests to it reach the target.
 
         Raises ``ValueError`` for what cannot be routed and ``OSError`` if the file cannot be
-        written: nothing has changed; ``TimeoutError`` if Traefik did not follow in time, and
-        ``RuntimeError`` if it refuses the route.
+        written: nothing has changed; ``TimeoutError`` and ``RuntimeError`` if Traefik fails to follow.
         """
         routespec = self.validate_routespec(routespec)
         try:
@@ -1059,8 +1058,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _render(self, config: Table, option: str) -> str:
         """Return a table as TOML that is no Go template. Raises ``ValueError`` for the option."""
-        try:
-            # tomli_w writes "{{" nowhere but in strings and quoted keys.
+        try:  # tomli_w writes "{{" nowhere but in strings and quoted keys
             return no_template(f"{WRITTEN_BY}\n\n{tomli_w.dumps(config)}")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{option} cannot be written as TOML: {error}") from None
@@ -1151,6 +1149,11 @@ lines = '''
                 problem = APIError(f"{self._api.url} shows an older version of the file", 200)
             except APIError as error:
                 problem = error
+            if signature(self._file) != self._written:  # somebody was there before Traefik was
+                try:
+                    self._write_routes(self._routes)
+                except OSError as error:
+                    problem = APIError(str(error))
             elapsed = time.monotonic() - began
             if self._process and self._process.served and elapsed > helped + 1 + 5 * self._pace:
                 helped = elapsed
