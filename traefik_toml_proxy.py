@@ -48,7 +48,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException, HTTPResponse
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import tomli
@@ -173,12 +173,10 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
 
     The rule matches each spelling that JupyterHub's default proxy takes for the routespec, with
     and without the last slash, and everything below. ``partly_encoded``: see RESERVED. Whatever
-    the name, the expression consists of letters, digits and ``^/_~-$(?:|)%\\x{}``. One
-    ``PathRegexp`` costs Traefik less than ``PathPrefix || Path``: it looks up the path once.
+    the name, the expression consists of letters, digits and ``^/_~-$(?:|)%\\x{}``.
 
     Traefik's default priority is the length of the rule, so longer prefixes win. A path of one
-    segment, such as a base URL, has that of a plain ``PathPrefix``, so that a router of other
-    people for a path below it wins, too.
+    segment, such as a base URL, has that of a plain ``PathPrefix``: other people's longer ones win.
 
     Raises ``ValueError`` where the host is no host name or the path is not UTF-8.
     """
@@ -211,10 +209,7 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """Split a target into the URL of its server and the path before each request's ("" if none).
-
-    Raises ``ValueError`` for anything that is not ``http[s]://host[:port][/path]``.
-    """
+    """Split ``http[s]://host[:port][/path]`` into URL and path. Raises ``ValueError``."""
     if target.startswith(("http+unix:", "https+unix:", "unix:")):
         raise ValueError(
             f"Traefik cannot reach the unix socket {target!r}: give the hub "
@@ -228,10 +223,7 @@ def split_target(target: str) -> tuple[str, str]:
 
 
 def split_address(option: str, url: str) -> tuple[str, bool]:
-    """Return the address for Traefik to listen on, like ``[::1]:8000``, and whether it is https.
-
-    Raises ``ValueError`` naming the option for anything but ``http[s]://[host][:port][/path]``.
-    """
+    """Return where to listen, like ``[::1]:8000``, and whether as https. Raises ``ValueError``."""
     try:
         parts = urlsplit(url)
         port = {"http": 80, "https": 443}[parts.scheme] if parts.port is None else parts.port
@@ -267,8 +259,7 @@ prefix = {toml_string(prefix)}
     tables += f"""[[http.services.{name}.loadBalancer.servers]]
 url = "{server}"
 """
-    # For a TOML literal string: no quote, no control character, no template. Line by line because
-    # Traefik reads one long string much faster than as many tables.
+    # For one long TOML literal string, which Traefik reads much faster than many tables.
     line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("'", "\\u0027")
     return tables, no_template(line.replace("\x7f", "\\u007f"))
 
@@ -283,7 +274,7 @@ WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
 
 def signature(file: str | int) -> Signature | None:
     """Return the signature of a file (path or descriptor); None if there is none."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         status = os.stat(file)
         return status.st_ino, status.st_mtime_ns, status.st_size
     return None
@@ -297,7 +288,8 @@ def file_error(verb: str, path: str, option: str, error: OSError) -> OSError:
 def read_file(path: str, option: str) -> str:
     """Return the text of a file, "" if there is none. Raises ``OSError`` naming the option."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a FIFO may take forever
+        with open(handle, encoding="utf-8", errors="replace") as file:
             return file.read()
     except FileNotFoundError:
         return ""
@@ -373,16 +365,21 @@ class APIError(RuntimeError):
 
 
 class _Answer(HTTPResponse):
-    """An answer whose last byte has to come within the timeout, however slowly they drip."""
+    """An answer that has to end within the timeout and 4 MiB, whatever it consists of."""
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         raw: Any = self.fp.raw
-        read, end = raw.readinto, time.monotonic() + (sock.gettimeout() or 0)
+        read, left, end = raw.readinto, 4 << 20, time.monotonic() + (sock.gettimeout() or 0)
 
-        def readinto(buffer: memoryview) -> int | None:
+        def readinto(buffer: memoryview) -> int:
+            nonlocal left
             sock.settimeout(max(end - time.monotonic(), 0.001))
-            return read(buffer)  # type: ignore[no-any-return]
+            size: int = read(buffer) or 0
+            left -= size
+            if left < 0 or time.monotonic() > end:
+                raise TimeoutError("timed out, or too long an answer")
+            return size
 
         raw.readinto = readinto
 
@@ -410,20 +407,20 @@ class TraefikAPI:
         self._opener.add_handler(_Handler(context=context))
 
     def get(self, path: str, timeout: float) -> Table:
-        """Return the JSON object at a path. Raises ``APIError``.
+        """Return the JSON object at a path; so many seconds to connect, and so many to answer.
 
-        The timeout, in seconds, is one for connecting and one for the whole answer.
+        Raises ``APIError``.
         """
         request = urllib.request.Request(self.url + path, headers=self._headers)  # noqa: S310
         try:
             with self._opener.open(request, timeout=timeout) as response:
-                status, text = response.status, response.read(4 << 20)
-        except (OSError, HTTPException) as error:
+                status, text = response.status, response.read()
+        except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             raise APIError(f"{self.url} cannot be reached ({reason})") from None
         if status != 200:
             raise APIError(f"{self.url} answers with status {status}", status)
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             if isinstance(answer := json.loads(text), dict):
                 return answer
         raise APIError(f"{self.url} answers, but not as Traefik's API does")
@@ -446,10 +443,9 @@ def parse_version(release: str, whose: str) -> Version:
 
 
 def find_traefik(command: Sequence[str]) -> tuple[list[str], Version]:
-    """Return a command with the full path of its program, and the version that it tells.
+    """Return a command, its program looked up on PATH, then beside this Python, and its version.
 
-    A name is looked up on PATH, then beside this Python. Raises ``RuntimeError`` if it is not
-    there or not Traefik 3.
+    Raises ``RuntimeError`` if it is not there or not Traefik 3.
     """
     program = command[0] if command else ""
     found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
@@ -491,7 +487,7 @@ def port_holder(port: int) -> str:
         with contextlib.suppress(OSError):
             if os.readlink(path) in sockets:
                 pid = int(path.split("/")[2])
-                return f"pid {pid}, {command_line(pid)[0]}"
+                return ", ".join([f"pid {pid}", *command_line(pid)[:1]])
     return "a process of another user" if sockets else ""
 
 
@@ -500,11 +496,14 @@ class TraefikProcess:
     """One Traefik, started or adopted: watched, started again when it dies, its log passed on."""
 
     command: Sequence[str]  # with the static file at its end
+    static: str  # what that has to hold
+    way: bytes  # how it is started, for the pid file
     env: Mapping[str, str]
     pid_file: str
     log: logging.Logger
     secret: str  # kept out of the log
     pid: int = 0
+    fits: bool = False  # whether the one that was found was started like this one
     served: bool = False  # until it has, its end is a failed start
 
     def __post_init__(self) -> None:
@@ -514,18 +513,27 @@ class TraefikProcess:
         self._stopping = threading.Event()  # it is not to be started again
         # Traefik writes into a file without a name: that survives the hub, unlike a pipe, blocks
         # nobody, and the next hub finds it as /proc/PID/fd/1.
-        self._output: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        on_linux = hasattr(os, "memfd_create")
+        file = os.memfd_create("traefik") if on_linux else os.dup(tempfile.TemporaryFile().fileno())
+        self._output = open(file, "r+b", buffering=0)
         self._born = self._passed_on = 0  # bytes of it, at the last start and by now
 
     def find(self) -> bool:
         """Return whether the process of the pid file runs and has the same static file."""
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            self._lock = open(os.open(self.pid_file, flags, 0o600), "r+b", buffering=0)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise file_error("lock", self.pid_file, "traefik_pid_file", error) from None
         with contextlib.suppress(OSError, OverflowError, ValueError):
-            pid = int(read_file(self.pid_file, "traefik_pid_file"))
-            self._set_pid(pid)  # first a handle, for a pid may be used again
-            self.served = command_line(pid)[-2:] == self.command[-2:] and self._running(0)
-            output = f"/proc/{pid}/fd/1"  # which may be anything, and may be hidden
+            number, _, way = self._lock.read(100).partition(b"\n")
+            self._set_pid(int(number))  # first a handle, for a pid may be used again
+            self.served = command_line(self.pid)[-2:] == self.command[-2:] and self._running(0)
+            self.fits = way.strip() == self.way
+            output = f"/proc/{self.pid}/fd/1"  # which may be anything, and may be hidden
             if self.served and os.stat(output).st_nlink == 0:
-                self._output = open(output, "r+b", buffering=0)  # noqa: SIM115
+                self._output = open(output, "r+b", buffering=0)
                 self._born = self._passed_on = os.path.getsize(output)
         if not self.served:
             self._set_pid(0)  # for it is nobody to signal
@@ -540,6 +548,8 @@ class TraefikProcess:
 
     def start(self) -> None:
         """Start Traefik and write its pid file. Raises ``OSError``."""
+        if read_file(self.command[-1], STATIC) != self.static:  # without it, it opens port 80
+            replace_file(self.command[-1], self.static, STATIC, keep_mode=False)
         fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # for _pass_on truncates it
         self._born = self._passed_on
         self._popen = subprocess.Popen(
@@ -551,12 +561,9 @@ class TraefikProcess:
             start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
         )
         self._set_pid(self._popen.pid)
-        try:  # in place and always of one length, which works on a full disk, too
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
-            with open(os.open(self.pid_file, flags, 0o600), "w") as file:
-                file.write(f"{self.pid:<10}\n")
-        except OSError as error:
-            self.log.error("%s", file_error("write", self.pid_file, "traefik_pid_file", error))
+        text = b"%i\n%s\n" % (self.pid, self.way)
+        os.pwrite(self._lock.fileno(), text, 0)  # in place, which works on a full disk, too
+        os.ftruncate(self._lock.fileno(), len(text))
 
     def watch(self) -> None:
         """From now on start it again when it dies."""
@@ -587,8 +594,10 @@ class TraefikProcess:
             pause = min(2 * pause + 0.1, 30) if young else 0
             self.log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
             if not self._stopping.wait(pause):
-                with contextlib.suppress(OSError):  # then the next turn tries again
+                try:
                     self.start()
+                except OSError as error:  # the next turn tries again
+                    self.log.error("Traefik cannot be started: %s", error)
 
     def _pass_on(self) -> None:
         """Pass on what Traefik wrote, whole lines only, to the hub's log."""
@@ -630,12 +639,14 @@ class TraefikProcess:
             if re.search(r"^SigCgt:.*[13579bdf]$", status.read(), re.MULTILINE):
                 os.kill(self.pid, signal.SIGHUP)
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Signal the whole group, for the command may be a wrapper."""
-        if self._running(0):  # else the pid may be somebody else's by now
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                leads = os.getpgid(self.pid) == self.pid
-                (os.killpg if leads else os.kill)(self.pid, number)
+    def kill(self, number: int = signal.SIGKILL) -> bool:
+        """Signal the whole group, for the command may be a wrapper; return whether it ran."""
+        if not self._running(0):  # the pid may be somebody else's by now
+            return False
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            leads = os.getpgid(self.pid) == self.pid
+            (os.killpg if leads else os.kill)(self.pid, number)
+        return True
 
     def end(self) -> None:
         """End the process, if it runs, within a second, though websockets be open."""
@@ -655,6 +666,7 @@ class TraefikProcess:
         if end:
             self.end()  # what the watcher may have started at the last moment
         self._output.close()
+        self._lock.close()
         self._set_pid(0)
 
 
@@ -748,7 +760,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._own: Table = {}  # what the proxy writes there beside routes and canary
         self._written: Signature | None = None
         self._revision, self._confirmed = "", False  # of what was written; whether it is served
-        self._deaf = False  # whether Traefik needs SIGHUP to see a change of the file
         self._pace = 0.001  # seconds that Traefik took of late
 
     # JupyterHub's methods: thin coroutines; a thread does the work ----------------------------
@@ -772,7 +783,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """Add or change a route; return when requests to it reach the target.
 
         Raises ``ValueError`` for what cannot be routed and ``OSError`` if the file cannot be
-        written: nothing has changed; ``TimeoutError`` and ``RuntimeError`` if Traefik fails to follow.
+        written: nothing has changed; ``TimeoutError`` or ``RuntimeError`` if it is not served.
         """
         routespec = self.validate_routespec(routespec)
         try:
@@ -825,7 +836,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             return await asyncio.shield(future)
         except asyncio.CancelledError:  # the lock stays held until the thread has cleaned up
             self._closing.set()
-            await asyncio.gather(future, return_exceptions=True)
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
             raise
 
     async def _change(self, *changes: Change) -> None:
@@ -851,7 +864,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                 raise RuntimeError("the proxy was stopped before it could change routes")
             return await self._in_thread(self._commit, batch)
         except (OSError, RuntimeError) as error:
-            self.log.error("%i changes of routes failed: %s", len(batch), error)
+            self.log.error("%i changes of routes are not served: %s", len(batch), error)
             raise
         finally:
             self._lock.release()
@@ -868,30 +881,33 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         if before.strip() and not before.startswith(WRITTEN_BY):
             advice = f"move it away, change {STATIC}, or set should_start = False"
             raise ValueError(f"{static_file} was not written by this proxy: {advice}")
-        # To be adopted, a Traefik must have been started in the same way, too.
-        way = json.dumps([self._version, command, self.traefik_env]).encode()
         static = self._render(self._static_config(), "extra_static_config")
-        static += f"\n# Started as {hashlib.sha256(way).hexdigest()[:16]}\n"
+        way = json.dumps([static, self._version, command, self.traefik_env]).encode()
         existed = os.path.exists(self._file)
         self._prepare()
-        process = self._process = TraefikProcess(
+        process = TraefikProcess(
             [*command, "--configfile", static_file],
+            static,
+            hashlib.sha256(way).hexdigest().encode(),
             {"GOGC": "200", **os.environ, **self.traefik_env},
             os.path.abspath(self.traefik_pid_file),
             self.log,
             self.traefik_api_hashed_password,
         )
-        adopted = process.find() and static == before
+        adopted = process.find() and process.fits
+        holder = "" if process.served else port_holder(urlsplit(self.traefik_api_url).port or 0)
+        if holder:  # who could answer in place of our Traefik
+            process.release()
+            raise RuntimeError(f"{self._api.url} (traefik_api_url) is held by {holder}")
+        self._process = process
         try:
+            if static != before:
+                replace_file(static_file, static, STATIC, keep_mode=False)
             self._write_routes(self._routes)
             if adopted:
                 process.watch()
             else:
-                replace_file(static_file, static, STATIC, keep_mode=False)
                 process.end()  # one of an earlier hub that was started otherwise
-                holder = port_holder(urlsplit(self.traefik_api_url).port or 0)
-                if holder:  # who could answer in place of our Traefik
-                    raise RuntimeError(f"{self._api.url} (traefik_api_url) is held by {holder}")
                 process.start()
             self._wait_for_traefik()
         except BaseException:
@@ -914,7 +930,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         if candidates == ["rules.toml"]:
             home = os.path.expanduser("~/.traefik/rules.toml")
             candidates = ["/etc/traefik/rules.toml", home, "rules.toml"]
-        # The real path, to replace the file and not a link to it.
         self._file = os.path.realpath(next(filter(os.path.exists, candidates), candidates[-1]))
         self.log.info("Routes are in %s, Traefik's API is %s", self._file, self.traefik_api_url)
         self._prepare()
@@ -959,8 +974,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _read_file(self) -> list[str]:
         """Learn the tables of other people from the dynamic file; return its lines of routes."""
-        self._head, self._foreign, self._written = "", {}, signature(self._file)
-        text = read_file(self._file, RULES)
+        seen, text = signature(self._file), read_file(self._file, RULES)
+        self._head, self._foreign, self._written = "", {}, seen
         try:
             content = tomli.loads(text)
         except (RecursionError, ValueError) as error:
@@ -987,6 +1002,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self.log.info("Stopping Traefik (pid %i)", self._process.pid)
             self._process.release(end=True)
             self._process = None
+        if remove_dynamic and signature(self._file) != self._written:
+            self._read_file()
         if remove_dynamic and not self._foreign:
             files.append(self._file)
         for path in files:
@@ -1071,7 +1088,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _commit(self, batch: Batch) -> dict[int, ValueError]:
         """Write a batch, wait until Traefik serves it, and return what was no route, by index."""
-        began = time.monotonic()
         routes = dict(self._routes)
         refused: dict[int, ValueError] = {}
         for index, (routespec, change) in enumerate(batch):
@@ -1088,9 +1104,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self._write_routes(routes)
         self._wait_for_traefik()
         if changed:
-            done, took = len(batch) - len(refused), (time.monotonic() - began) * 1000
-            words = "Traefik serves %i changed routes, %i in all, in %i ms"
-            self.log.info(words, done, len(routes), took)
+            done = len(batch) - len(refused)
+            self.log.info("Traefik serves %i changed routes, %i in all", done, len(routes))
         return refused
 
     def _write_routes(self, routes: dict[str, Route]) -> None:
@@ -1100,8 +1115,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self._read_file()
         if not self._head:
             config = merge(self._foreign, self._own)
-            for kind in [kind for kind, tables in config.get("http", {}).items() if not tables]:
-                del config["http"][kind]  # for one empty table Traefik refuses the whole file
+            http = config.get("http", {}).items()  # Traefik refuses files with an empty table
+            config["http"] = {key: part for key, part in http if part and isinstance(part, Mapping)}
             config["jupyterhub"] = {"owned": json.dumps(shape(self._own))}
             self._head = self._render(config, "extra_dynamic_config")
         self._revision = secrets.token_hex(8)
@@ -1123,15 +1138,12 @@ lines = '''
         self._routes = routes
 
     def _wait_for_traefik(self) -> None:
-        """Return when Traefik serves the revision that was written last.
+        """Return when Traefik serves what was written last, or raise with what is wrong.
 
-        Raises ``RuntimeError`` if Traefik ended or refuses routes, and ``TimeoutError`` saying
-        what is wrong if it does not follow within ``check_route_timeout``.
+        ``RuntimeError`` if Traefik ended or refuses routes, else ``TimeoutError`` in the end.
         """
         began, elapsed, helped = time.monotonic(), 0.0, 0.0
         problem: APIError | None = None
-        if self._process and self._deaf:
-            self._process.reload()
         while not problem or elapsed < self.check_route_timeout:
             # A third of what Traefik took of late, then a fifteenth of the time so far: few
             # requests while it works, and little delay.
@@ -1155,9 +1167,9 @@ lines = '''
                 except OSError as error:
                     problem = APIError(str(error))
             elapsed = time.monotonic() - began
-            if self._process and self._process.served and elapsed > helped + 1 + 5 * self._pace:
+            if self._process and elapsed > helped + 0.3 + 5 * self._pace:
+                self._help(self._process, problem.status, helped, elapsed)
                 helped = elapsed
-                self._help(self._process, problem.status, elapsed)
         else:
             raise TimeoutError(
                 f"Traefik did not load {self._file} within {self.check_route_timeout:g} s "
@@ -1171,16 +1183,14 @@ lines = '''
         self._confirmed = True
         self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
 
-    def _help(self, process: TraefikProcess, status: int, elapsed: float) -> None:
+    def _help(self, process: TraefikProcess, status: int, helped: float, now: float) -> None:
         """Do what can be done for a managed Traefik that runs but does not follow."""
-        if status == 200 and not self._deaf:
-            self._deaf = True
-            self.log.warning("Traefik misses changes of %s: it gets SIGHUP as well", self._file)
-        if status:
+        half = self.check_route_timeout / 2
+        if status in (200, 401):  # it has read a file before, so it has a handler for SIGHUP
+            self.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._file)
             process.reload()
-        elif elapsed > self.check_route_timeout / 2:
-            self.log.error("Traefik (pid %i) does not answer: killing it", process.pid)
-            process.kill()
+        elif not status and helped <= half < now and process.served and process.kill():
+            self.log.error("Traefik did not answer: it was killed and is started again")
 
     def _diagnose(self, problem: APIError) -> str:
         """Say what is wrong and what to set, by the API's last answer and one more question."""
@@ -1193,7 +1203,7 @@ lines = '''
             401: ": set traefik_api_username and traefik_api_password to those Traefik was given",
             404: f" to everything: it is no API of Traefik, or has not read this file: {setting}",
         }.get(problem.status, "")
-        with contextlib.suppress(APIError):
+        with contextlib.suppress(APIError, TypeError):
             if problem.status == 404:
                 providers = self._api.get("/api/overview", 1).get("providers") or []
                 reads = "has not read this file" if "File" in providers else "has no file provider"
