@@ -425,8 +425,9 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
             with contextlib.suppress(OSError):
                 if f"http://127.0.0.1:{self.hub_port}/".encode() in path.read_bytes():
                     os.kill(int(path.parent.name), signal.SIGKILL)
-        with contextlib.suppress(OSError, ValueError):
-            os.kill(int((self.directory / "traefik.pid").read_text()), signal.SIGKILL)
+        with contextlib.suppress(OSError, LookupError, ValueError):
+            pid = (self.directory / "traefik.pid").read_text().split()[0]
+            os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import glob
 import hashlib
@@ -106,10 +107,9 @@ def apr1_hash(password: str, salt: str) -> str:
 
 
 def placeholder_certificate() -> Table | None:
-    """Return a new self-signed certificate as ``{"certFile": PEM, "keyFile": PEM}``.
+    """Return a new certificate as ``{"certFile": PEM, "keyFile": PEM}``; None: no cryptography.
 
     Without one Traefik makes a 2048-bit RSA key at each reload, some 50 ms for every route added.
-    None when the package ``cryptography`` is missing.
     """
     try:
         from cryptography import x509
@@ -117,7 +117,6 @@ def placeholder_certificate() -> Table | None:
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
         return None
-    import datetime
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "placeholder.invalid")])
@@ -301,8 +300,7 @@ def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signatur
     """Atomically replace a file, or create it with mode 0600; return the new signature.
 
     With ``keep_mode`` an existing file keeps its mode and, where permitted, owner and group. Raises
-    ``OSError`` naming the option, and then the file is as it was. No fsync: after a power failure
-    the hub writes its routes again.
+    ``OSError`` naming the option; the file is as it was then. No fsync: hubs write routes again.
     """
     temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
     data = text.encode()
@@ -407,10 +405,7 @@ class TraefikAPI:
         self._opener.add_handler(_Handler(context=context))
 
     def get(self, path: str, timeout: float) -> Table:
-        """Return the JSON object at a path; so many seconds to connect, and so many to answer.
-
-        Raises ``APIError``.
-        """
+        """Return the JSON object at a path. Raises ``APIError``. The timeout is in seconds."""
         request = urllib.request.Request(self.url + path, headers=self._headers)  # noqa: S310
         try:
             with self._opener.open(request, timeout=timeout) as response:
@@ -513,9 +508,8 @@ class TraefikProcess:
         self._stopping = threading.Event()  # it is not to be started again
         # Traefik writes into a file without a name: that survives the hub, unlike a pipe, blocks
         # nobody, and the next hub finds it as /proc/PID/fd/1.
-        on_linux = hasattr(os, "memfd_create")
-        file = os.memfd_create("traefik") if on_linux else os.dup(tempfile.TemporaryFile().fileno())
-        self._output = open(file, "r+b", buffering=0)
+        nameless = getattr(os, "memfd_create", lambda _: os.dup(tempfile.TemporaryFile().fileno()))
+        self._output = open(nameless("traefik"), "r+b", buffering=0)
         self._born = self._passed_on = 0  # bytes of it, at the last start and by now
 
     def find(self) -> bool:
@@ -524,8 +518,10 @@ class TraefikProcess:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
             self._lock = open(os.open(self.pid_file, flags, 0o600), "r+b", buffering=0)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another hub uses {self.pid_file} (traefik_pid_file)") from None
         except OSError as error:
-            raise file_error("lock", self.pid_file, "traefik_pid_file", error) from None
+            raise file_error("write", self.pid_file, "traefik_pid_file", error) from None
         with contextlib.suppress(OSError, OverflowError, ValueError):
             number, _, way = self._lock.read(100).partition(b"\n")
             self._set_pid(int(number))  # first a handle, for a pid may be used again
@@ -751,7 +747,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._next: tuple[Batch, asyncio.Task[dict[int, ValueError]]] | None = None
         self._ready = False
         self._closing = threading.Event()
-        self._api: TraefikAPI
         self._process: TraefikProcess | None = None
         self._version = NEWEST
         self._file = self._head = ""  # path; what the file holds beside routes and canary
@@ -782,7 +777,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     async def add_route(self, routespec: str, target: str, data: Table | None) -> None:
         """Add or change a route; return when requests to it reach the target.
 
-        Raises ``ValueError`` for what cannot be routed and ``OSError`` if the file cannot be
+        Raises ``ValueError`` for a route that cannot be and ``OSError`` for a file that cannot be
         written: nothing has changed; ``TimeoutError`` or ``RuntimeError`` if it is not served.
         """
         routespec = self.validate_routespec(routespec)
@@ -936,7 +931,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._write_routes(self._routes)
         self._wait_for_traefik()
         release = str(self._api.get("/api/version", self.check_route_timeout).get("Version"))
-        self.log.info("Traefik %s answers at %s", release, self._api.url)
         self._version = parse_version(release, self._api.url)
         routes = dict(self._parse_line(line) for _, line in self._routes.values())
         if routes != self._routes:  # an old version sees paths in another spelling
@@ -946,8 +940,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     def _prepare(self) -> None:
         """Check options and read the dynamic file. Nothing has changed when this raises."""
         if self.traefik_entrypoint == self.traefik_api_entrypoint:
-            both = f"traefik_entrypoint and traefik_api_entrypoint are {self.traefik_entrypoint!r}"
-            raise ValueError(f"{both}: the API would be public")
+            raise ValueError("traefik_api_entrypoint is traefik_entrypoint: API would be public")
         if not re.fullmatch("[^:]+", self.traefik_api_username):
             raise ValueError("traefik_api_username must not be empty nor contain a colon")
         password, hashed = self.traefik_api_password, self.traefik_api_hashed_password
@@ -1096,7 +1089,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                     routes.pop(routespec, None)
                 else:
                     routes[routespec] = self._make_route(routespec, *change)
-                self.log.debug("Route %s: %s", routespec, change[0] if change else "deleted")
             except ValueError as error:
                 refused[index] = error
         changed = routes != self._routes or signature(self._file) != self._written
@@ -1130,9 +1122,8 @@ service = "noop@internal"
 [jupyterhub.routes]
 lines = '''
 """
-        tables = "".join(tables for tables, _ in routes.values())
-        lines = "\n".join(line for _, line in routes.values())
-        text = f"{self._head}{tables}{canary}{lines}\n'''\n"
+        text = self._head + "".join(tables for tables, _ in routes.values()) + canary
+        text += "\n".join(line for _, line in routes.values()) + "\n'''\n"
         self._confirmed = False
         self._written = replace_file(self._file, text, RULES, keep_mode=not self.should_start)
         self._routes = routes
@@ -1153,8 +1144,7 @@ lines = '''
             if self._process and self._process.failed():
                 raise RuntimeError(self._process.last_words())
             try:
-                # One second: enough for bcrypt, and a Traefik that hangs does not hold up a stop.
-                patience = min(max(self.check_route_timeout - elapsed, 0.1), 1)
+                patience = min(max(self.check_route_timeout - elapsed, 0.1), 1)  # bcrypt: 0.2 s
                 router = self._api.get(f"/api/http/routers/{CANARY}@file", patience)
                 if self._revision in str(router.get("rule")):
                     break
