@@ -88,6 +88,8 @@ class Echo(tornado.web.RequestHandler):
     """Answers with the name of the backend and with what reached it."""
 
     def prepare(self) -> None:
+        if self.request.connection.stream.closed():
+            raise tornado.web.Finish
         self.connection_port = self.request.connection.stream.socket.getsockname()[1]
 
     async def get(self) -> None:

@@ -2004,6 +2004,7 @@ c.Proxy.extra_routes = {'/extra/': 'http://127.0.0.1:1/x/'}
 
 SERVERS = [f"server-{number}" for number in range(8)]
 FOREIGN = "[http.routers.by-hand]\nrule = 'Path(`/by-hand`)'\nservice = 'noop@internal'\n"
+FOREIGN += "entryPoints = ['http']\n"
 DAMAGE = {"no TOML": "routes = {{ no TOML", "only a foreign router": FOREIGN, "deleted": None}
 
 

@@ -96,7 +96,6 @@ def apr1_hash(password: str, salt: str) -> str:
         block += grain if turn % 3 else b""
         block += secret if turn % 7 else b""
         digest = md5(block + (digest if turn & 1 else secret))
-
     encoded = ""
     for indices in ((0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5), (11,)):
         number = int.from_bytes(bytes(digest[i] for i in indices), "big")
@@ -117,7 +116,6 @@ def placeholder_certificate() -> Table | None:
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
         return None
-
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "placeholder.invalid")])
     now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
