@@ -48,8 +48,8 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException, HTTPResponse
-from typing import Any, TypeVar
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import tomli
@@ -208,10 +208,7 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
 def split_target(target: str) -> tuple[str, str]:
     """Split ``http[s]://host[:port][/path]`` into URL and path. Raises ``ValueError``."""
     if target.startswith(("http+unix:", "https+unix:", "unix:")):
-        raise ValueError(
-            f"Traefik cannot reach the unix socket {target!r}: give the hub "
-            "(c.JupyterHub.hub_bind_url), the spawner or the service a TCP address"
-        )
+        raise ValueError(f"Traefik cannot reach the unix socket {target!r}: use a TCP address")
     form = r"((?i:https?)://(?:[\w.-]+|\[[\w:.%]+\])(?::(\d+))?)(/[^?#\ud800-\udfff]*)?"
     found = re.fullmatch(form, target, re.ASCII)
     if not found or not 0 < int(found[2] or 80) < 65536:
@@ -383,9 +380,13 @@ class _Answer(HTTPResponse):
 class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Alone in its opener: no proxy from the environment, no redirect that takes credentials."""
 
+    bounded: ClassVar[dict[Any, Any]] = {
+        plain: type("Bounded", (plain,), {"response_class": _Answer})
+        for plain in (HTTPConnection, HTTPSConnection)
+    }
+
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-        bounded: Any = type("Bounded", (http_class,), {"response_class": _Answer})
-        return super().do_open(bounded, req, **options)
+        return super().do_open(self.bounded[http_class], req, **options)
 
 
 class TraefikAPI:
@@ -1094,8 +1095,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             self._write_routes(routes)
         self._wait_for_traefik()
         if changed:
-            done = len(batch) - len(refused)
-            self.log.info("Traefik serves %i changed routes, %i in all", done, len(routes))
+            self.log.info("Traefik serves %i routes, after %i changes", len(routes), len(batch))
         return refused
 
     def _write_routes(self, routes: dict[str, Route]) -> None:
