@@ -485,7 +485,7 @@ def port_holder(port: int) -> str:
     return "a process of another user" if sockets else ""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)  # a repr would show the secret
 class TraefikProcess:
     """One Traefik, started or adopted: watched, started again when it dies, its log passed on."""
 
