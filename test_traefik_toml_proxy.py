@@ -1990,7 +1990,7 @@ c.Proxy.extra_routes = {'/extra/': 'http://127.0.0.1:1/x/'}
     kernel.close()
     os.kill(int(traefik.split()[0]), signal.SIGKILL)
     wait_until(lambda: "Starting it again" in hub.log())
-    wait_until(lambda: not hub.port_is_free())
+    await asyncio.to_thread(hub.wait_up)
     hub.log_in("alice")
     response = hub.request("/hub/api/users/alice/server", method="DELETE")
     assert response.status in (202, 204), response.read()
