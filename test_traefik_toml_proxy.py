@@ -1043,6 +1043,10 @@ async def test_the_traefik_of_an_earlier_hub_is_adopted(
     await first.add_route("/user/a/", backends("a"), {"user": "a"})
     port, api_port = port_of(first), int(first.traefik_api_url.rsplit(":", 1)[1])
     websocket = await tornado.websocket.websocket_connect(f"ws://127.0.0.1:{port}/user/a/ws")
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", "/user/a/?stream=1")
+    download = connection.getresponse()
+    assert download.readline() == b"data: 0\n"
     pid = lose(first)
     second = make_proxy(**same_hub(first, traefik_api_password="two"))
     await second.start()
@@ -1052,6 +1056,9 @@ async def test_the_traefik_of_an_earlier_hub_is_adopted(
     assert [who(port, f"/user/{name}/") for name in "ab"] == ["a", "b"]
     await websocket.write_message("still there")
     assert await websocket.read_message() == "a: 'still there'"
+    backends.loop.call_soon_threadsafe(backends.go_on.set)
+    assert download.read() == b"\ndata: 1\n\ndata: 2\n\n"
+    connection.close()
     for password, status in (("one", 401), ("two", 200)):
         basic = base64.b64encode(f"jupyterhub:{password}".encode()).decode()
         assert fetch(api_port, "/api/version", {"Authorization": f"Basic {basic}"})[0] == status
