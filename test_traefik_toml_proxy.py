@@ -982,6 +982,8 @@ async def test_files_that_are_gone_come_back_with_traefik(
     for path in files_of(made):  # without the first, Traefik would open port 80
         path.unlink()
     await killed(made)
+    while not proxy.port_holder(port_of(made)):  # it has not found its file, and never looks again
+        await asyncio.sleep(0.01)
     await made.add_route("/user/b/", backends("b"), {})
     assert [who(port_of(made), f"/user/{name}/") for name in "ab"] == ["a", "b"]
     assert all(path.exists() for path in files_of(made))

@@ -1173,11 +1173,11 @@ lines = '''
 
     def _help(self, process: TraefikProcess, status: int, helped: float, now: float) -> None:
         """Do what can be done for a managed Traefik that runs but does not follow."""
-        half = self.check_route_timeout / 2
+        due = min(self.check_route_timeout / 2, 2 if status else 60)  # 404: it found no file
         if status in (200, 401):  # it has read a file before, so it has a handler for SIGHUP
             self.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._file)
             process.reload()
-        elif not status and helped <= half < now and process.served and process.kill():
+        elif helped <= due < now and process.served and process.kill():
             self.log.error("Traefik did not answer: it was killed and is started again")
 
     def _diagnose(self, problem: APIError) -> str:
