@@ -163,6 +163,7 @@ def route_name(routespec: str) -> str:
 # Since 3.4.1 Traefik leaves these percent-encoded (upper case) in the path that rules see, where
 # the request had them so, and decodes all others; older versions decode the whole path.
 RESERVED = frozenset("!#$%&'()*+,/:;=?@[]")
+HOST = r"[\w.-]+|\[[\w:.%]+\]"  # a name, an IPv4 address, or an IPv6 address in brackets
 
 
 def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
@@ -202,9 +203,6 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
     return f"{prefix}PathRegexp(`^/{body}{end}`)", priority
 
 
-HOST = r"[\w.-]+|\[[\w:.%]+\]"  # a name, an IPv4 address, or an IPv6 address in brackets
-
-
 def split_target(target: str) -> tuple[str, str]:
     """Split ``http[s]://host[:port][/path]`` into URL and path. Raises ``ValueError``."""
     form = rf"((?i:https?)://(?:{HOST})(?::(\d+))?)(/[^?#\ud800-\udfff]*)?"
@@ -226,10 +224,9 @@ def split_address(option: str, url: str) -> tuple[str, bool]:
 def make_route(
     routespec: str, target: str, data: str, place: str, transport: str, partly_encoded: bool
 ) -> Route:
-    """Check and render a route. Raises ``ValueError`` naming what is wrong.
+    """Render a route. Raises ``ValueError`` naming what is wrong.
 
-    ``data`` is JSON text, ``place`` the router's entry point or parents and ``transport`` the
-    serversTransport of https targets, both as TOML text.
+    ``data`` is JSON; ``place``, entry point or parents, and ``transport``, of https, are TOML.
     """
     rule, priority = route_rule(routespec, partly_encoded)
     server, prefix = split_target(target)
