@@ -730,10 +730,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     # JupyterHub's methods: thin coroutines; a thread does the work ----------------------------
 
     async def start(self) -> None:
-        """Write both files and start Traefik, or adopt it; return when it serves them.
-
-        Raises ``ValueError`` (options), ``OSError`` (files), ``RuntimeError`` (Traefik's words).
-        """
+        """Start Traefik or adopt it. Raises ``ValueError``, ``OSError``, ``RuntimeError``."""
         if not self._ready:
             await self._set_up(self._start)
 
@@ -750,8 +747,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     async def add_route(self, routespec: str, target: str, data: Table | None) -> None:
         """Add or change a route; return when requests to it reach the target.
 
-        Raises ``ValueError`` for a route that cannot be and ``OSError`` for a file that cannot be
-        written: nothing has changed; ``TimeoutError`` or ``RuntimeError`` if it is not served.
+        Raises ``ValueError`` (no route) and ``OSError`` (the file cannot be written): nothing has
+        changed; ``TimeoutError`` or ``RuntimeError`` if it is not served.
         """
         routespec = self.validate_routespec(routespec)
         try:
@@ -1055,9 +1052,9 @@ http.serversTransports.jupyterhub.certificates = [{certs["proxy-client"]}]
             base = path_of(self.hub.routespec)
             rule, weight = route_rule(base, partly_encoded=True)[0], len(f"PathPrefix(`{base}`)")
             html = f"{rule} && HeaderRegexp(`Accept`, `text/html`)"
+            query = toml_string(urlsplit(self.hub.url).path + "error/503")
             errors = 'middlewares = ["jupyterhub-errors"]'
             both = 'parentRefs = ["jupyterhub-pages", "jupyterhub-rest"]'
-            query = toml_string(urlsplit(self.hub.url).path + "error/503")
             text += f"""
 http.routers.jupyterhub-rest = {{rule = '{rule}', priority = {weight}, {entry}}}
 http.routers.jupyterhub-pages = {{rule = '{html}', priority = {weight + 1}, {entry}, {errors}}}
@@ -1069,12 +1066,9 @@ statusRewrites = {{"502-504" = 503}}
 service = "jupyterhub-hub"
 query = {query}
 """
-        server = split_target(self.hub.url)[0]
-        text += f"""
-[http.services.jupyterhub-hub.loadBalancer]
-servers = [{{url = "{server}"}}]
-{SECURE if self.app.internal_ssl else ""}
-"""
+        secure = SECURE if self.app.internal_ssl else ""
+        text += f"[http.services.jupyterhub-hub.loadBalancer]\n{secure}\n"
+        text += f'servers = [{{url = "{split_target(self.hub.url)[0]}"}}]\n'
         pair = self._check_certificate() if self.ssl_cert else ()
         with suppress(ImportError):
             pair = pair or (placeholder_certificate() if self.should_start else ())
@@ -1094,7 +1088,7 @@ servers = [{{url = "{server}"}}]
         cert, key = os.path.abspath(self.ssl_cert), os.path.abspath(self.ssl_key or self.ssl_cert)
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, lambda: "")
-            with open(cert, "rb") as file, suppress(ImportError):
+            with open(cert, "rb") as file, suppress(AttributeError, ImportError):  # an old one
                 from cryptography import x509
 
                 end = x509.load_pem_x509_certificate(file.read()).not_valid_after_utc
