@@ -1096,6 +1096,19 @@ async def test_a_traefik_that_was_started_otherwise_is_replaced(
 
 
 @pytest.mark.process
+async def test_a_process_that_was_released_is_never_signalled(managed: TraefikTomlProxy) -> None:
+    process = managed._process
+    process.release()  # it runs on, for the next hub
+    assert not process.kill(signal.SIGTERM), "pid 0 would be the group of the hub itself"
+    process.end()
+    lost = process._popen
+    assert lost.poll() is None
+    lost.kill()
+    lost.wait()
+    managed._process, managed._ready = None, False
+
+
+@pytest.mark.process
 async def test_a_second_hub_in_the_same_directory_harms_nobody(
     managed: TraefikTomlProxy, make_proxy: ProxyFactory
 ) -> None:
@@ -2654,6 +2667,7 @@ class Churn:
                 def die(old: Any = old) -> None:  # no write of the dead one comes later
                     old._ready = False
                     old._process.release()
+                    old._process = None
 
                 old._closing.set()
                 await old._submit(die)

@@ -563,7 +563,7 @@ class TraefikProcess:
                 return True
         elif self.pid:
             time.sleep(min(patience, 0.1))
-        return self._popen is not None and self._popen.poll() is None
+        return bool(self.pid and self._popen and self._popen.poll() is None)
 
     def _watch(self) -> None:
         pause = 0.0
