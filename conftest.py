@@ -370,11 +370,11 @@ class Pebble:
         config = directory / "pebble.json"
         config.write_text(json.dumps({"pebble": settings}))
         names = ["pebble-challtestsrv", "-dns01", dns, "-management", ignored]
-        nothing = ["-http01", "", "-https01", "", "-tlsalpn01", "", "-doh", "", "-defaultIPv6", ""]
+        nothing = ["-http01", "", "-https01", "", "-tlsalpn01", "", "-defaultIPv6", ""]
         self._log.touch()
         with open(self._log, "ab") as log:
             self.processes = [
-                subprocess.Popen([*names, *nothing[:6], *nothing[8:]], stdout=log, stderr=log),
+                subprocess.Popen([*names, *nothing], stdout=log, stderr=log),
                 subprocess.Popen(
                     ["pebble", "-strict", "-config", str(config), "-dnsserver", dns],
                     env={**os.environ, "PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": "0"},
@@ -529,14 +529,15 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
         response = self.request(path, form.encode())
         assert response.status == 302, response.read()
 
-    def kill_server(self, user: str) -> int:
-        """Kill the server of a user; return how many processes that were."""
+    def kill_server(self, user: str = "") -> int:
+        """Kill the servers of a user, or of all; return how many processes that were."""
+        marks = [f"//127.0.0.1:{self.hub_port}/".encode()]
+        marks += [f"JUPYTERHUB_USER={user}\0".encode()] if user else []
         killed = 0
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
                 text = path.read_bytes()
-                ours = f"127.0.0.1:{self.hub_port}/".encode() in text
-                if ours and f"JUPYTERHUB_USER={user}\0".encode() in text:
+                if all(mark in text for mark in marks):
                     os.kill(int(path.parent.name), signal.SIGKILL)
                     killed += 1
         return killed
@@ -549,10 +550,7 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        for path in Path("/proc").glob("[0-9]*/environ"):  # servers that outlived their hub
-            with contextlib.suppress(OSError):
-                if f"//127.0.0.1:{self.hub_port}/".encode() in path.read_bytes():
-                    os.kill(int(path.parent.name), signal.SIGKILL)
+        self.kill_server()  # those that outlived their hub
         with contextlib.suppress(OSError, LookupError, ValueError):
             pid = (self.directory / "traefik.pid").read_text().split()[0]
             os.kill(int(pid), signal.SIGKILL)

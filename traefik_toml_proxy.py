@@ -13,7 +13,7 @@ file is in force. The rooms of this module, in reading order, and what each may 
 - credentials: the APR1 hash of the API's password, a placeholder certificate. Nothing.
 - routes: from a JupyterHub route to a Traefik rule and its TOML text. Nothing.
 - files: read and atomically replace a file, merge tables. The file system.
-- Traefik API: GET one JSON answer. The network.
+- Traefik API: GET one answer, JSON or metrics. The network.
 - Traefik process: find, start, adopt, watch and stop the program. Processes, the pid file.
 - the proxy: options, the two configurations, JupyterHub's methods. The rooms above.
 """
@@ -257,7 +257,7 @@ url = "{server}"
 
 Signature = tuple[int, int, int]  # of one version of a file: inode, time of change, size
 
-# What is between these two lines the proxy may overwrite; they begin each of its files, too.
+# The proxy may overwrite what is between these two lines; the first begins the static file, too.
 WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
 END = "# End of what TraefikTomlProxy wrote"
 
