@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import datetime
 import http.client
+import importlib.metadata
 import ipaddress
 import json
 import os
@@ -414,6 +415,34 @@ def pebble(tmp_path: Path) -> Iterator[Callable[..., Pebble]]:
     yield make
     for server in servers:
         server.close()
+
+
+# Other environments --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_environment(directory: Path, *packages: str) -> Iterator[str]:
+    """Make a virtual environment with some packages and this JupyterHub; give its Python."""
+    hub = f"jupyterhub=={importlib.metadata.version('jupyterhub')}"
+    python = str(directory / "bin" / "python")
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
+        subprocess.run([*pip, hub, *packages], check=True, cwd=directory)
+        yield python
+    finally:
+        shutil.rmtree(directory)  # 160 MB, of which pytest would keep three
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Python with JupyterHub, tomli and tomli-w, and without this project."""
+    directory = tmp_path_factory.mktemp("bare")
+    with new_environment(directory, "tomli", "tomli-w") as python:
+        importing = [python, "-c", "import traefik_toml_proxy"]
+        answer = subprocess.run(importing, cwd=directory, capture_output=True, text=True)
+        assert "No module named 'traefik_toml_proxy'" in answer.stderr
+        yield python
 
 
 # A whole JupyterHub --------------------------------------------------------------------------
