@@ -12,6 +12,7 @@ import datetime
 import gc
 import http.client
 import http.server
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -3122,6 +3123,95 @@ def test_mypy_knows_the_types_of_the_installed_module(user_python: str, tmp_path
         ("wrong.py", "6", "call-arg"),
         ("wrong.py", "7", "assignment"),
     ], answer
+
+
+def processes_of(directory: Path) -> list[str]:
+    """Return the command lines of the processes that name a directory."""
+    pids = map(int, filter(str.isdigit, os.listdir("/proc")))
+    lines = (" ".join(proxy.command_line(pid)) for pid in pids)
+    return [line for line in lines if str(directory) in line]
+
+
+@pytest.mark.process
+@pytest.mark.hub
+def test_the_file_lies_beside_the_configuration(
+    whole_hub: Callable[..., WholeHub], bare_python: str, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(HERE / "traefik_toml_proxy.py", home)
+    command = f"c.TraefikTomlProxy.command = {installed_traefik()!r}"
+    config = readme_block("python", "sys.path.insert") + command
+    hub = whole_hub(config, python=bare_python, home=home)
+    assert "Using Proxy: traefik_toml_proxy.TraefikTomlProxy" in hub.log()
+    assert "Sign in" in hub.follow("/")[1]
+    assert {path.name for path in tmp_path.iterdir()} >= {"traefik.toml", "rules.toml"}
+    assert len(processes_of(tmp_path)) == 2, "the hub and Traefik"
+    hub.process.send_signal(signal.SIGINT)
+    hub.process.wait(30)
+    assert hub.port_is_free()
+    assert processes_of(tmp_path) == []
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"home", "hub.log", "jupyterhub.sqlite", "jupyterhub_cookie_secret"}
+
+
+WAYS = ["renaming_project", "subclassing_project"]
+
+
+def vendor(directory: Path, project: str) -> None:
+    """Make a package that holds the module under another name, and the proxy as FrontDoor."""
+    package = directory / project
+    package.mkdir()
+    text = (HERE / "traefik_toml_proxy.py").read_text()
+    if project == "renaming_project":
+        text = text.replace("TraefikTomlProxy", "FrontDoor")
+        use = "from .frontdoor import FrontDoor\n"
+    else:
+        use = "from .frontdoor import TraefikTomlProxy\nclass FrontDoor(TraefikTomlProxy): ...\n"
+    (package / "frontdoor.py").write_text(text)
+    (package / "__init__.py").write_text(use)
+
+
+@pytest.mark.process
+@pytest.mark.hub
+@pytest.mark.parametrize("project", WAYS)
+def test_the_file_is_vendored(
+    whole_hub: Callable[..., WholeHub], bare_python: str, tmp_path: Path, project: str
+) -> None:
+    vendor(tmp_path, project)
+    config = f"""
+c.JupyterHub.proxy_class = "{project}.FrontDoor"
+c.FrontDoor.update(c.pop("TraefikTomlProxy"))  # the port of the API, too
+c.FrontDoor.command = {installed_traefik()!r}
+c.FrontDoor.toml_dynamic_config_file = "front.toml"
+c.TraefikTomlProxy.toml_dynamic_config_file = "other.toml"
+c.TraefikTomlProxy.traefik_log_level = "WARN"
+"""
+    hub = whole_hub(config, python=bare_python)
+    assert f"Using Proxy: {project}." in hub.log()
+    assert "Sign in" in hub.follow("/")[1]
+    static = tomli.loads((tmp_path / "traefik.toml").read_text())
+    assert static["entryPoints"]["auth_api"]["address"] == f"127.0.0.1:{hub.api_port}"
+    assert static["providers"]["file"]["filename"] == str(tmp_path / "front.toml")
+    level = "WARN" if project == "subclassing_project" else "ERROR"
+    assert static["log"]["level"] == level, "a subclass takes its parent's options, too"
+
+
+@pytest.mark.parametrize("project", WAYS)
+async def test_messages_of_a_vendored_file_name_options_that_it_has(
+    make_proxy: ProxyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: str
+) -> None:
+    vendor(tmp_path, project)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = importlib.import_module(project).FrontDoor
+    with pytest.raises(RuntimeError) as no_program:
+        await make_proxy(kind, command="no-such-program").start()
+    with pytest.raises(ValueError, match="no credentials") as no_password:
+        await make_proxy(kind, should_start=False).get_all_routes()
+    for error in (no_program, no_password):
+        name, option = re.search(r"set c\.(\w+)\.(\w+)", str(error.value)).groups()
+        made = make_proxy(kind, config=Config({name: {option: "abc"}}))
+        assert getattr(made, option) in ("abc", ["abc"])
 
 
 # ---------------------------------------------------------------------------------------------
