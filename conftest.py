@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import datetime
 import http.client
+import importlib.metadata
 import ipaddress
 import json
 import os
@@ -256,7 +257,9 @@ class ProxyFactory:
         self.made: list[TraefikTomlProxy] = []
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def __call__(self, **options: Any) -> TraefikTomlProxy:
+    def __call__(
+        self, kind: type[TraefikTomlProxy] = TraefikTomlProxy, **options: Any
+    ) -> TraefikTomlProxy:
         app = stand_in_app()
         port = free_port()
         settings: dict[str, Any] = {
@@ -268,7 +271,7 @@ class ProxyFactory:
             "toml_dynamic_config_file": str(self.directory / "rules.toml"),
             **options,
         }
-        proxy = TraefikTomlProxy(**settings)
+        proxy = kind(**settings)
         self.made.append(proxy)
         return proxy
 
@@ -416,14 +419,45 @@ def pebble(tmp_path: Path) -> Iterator[Callable[..., Pebble]]:
         server.close()
 
 
+# Other environments --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_environment(directory: Path, *packages: str) -> Iterator[str]:
+    """Make a virtual environment with some packages and this JupyterHub; give its Python."""
+    hub = f"jupyterhub=={importlib.metadata.version('jupyterhub')}"
+    python = str(directory / "bin" / "python")
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
+        subprocess.run([*pip, hub, *packages], check=True, cwd=directory)
+        yield python
+    finally:
+        shutil.rmtree(directory)  # 160 MB, of which pytest would keep three
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Python with JupyterHub, tomli and tomli-w, and without this project."""
+    directory = tmp_path_factory.mktemp("bare")
+    with new_environment(directory, "tomli", "tomli-w") as python:
+        importing = [python, "-c", "import traefik_toml_proxy"]
+        answer = subprocess.run(importing, cwd=directory, capture_output=True, text=True)
+        assert "No module named 'traefik_toml_proxy'" in answer.stderr
+        yield python
+
+
 # A whole JupyterHub --------------------------------------------------------------------------
 
 
 class WholeHub:
     """A JupyterHub in a process of its own, and a browser of sorts to use it with."""
 
-    def __init__(self, directory: Path, config: str, bind_url: str, host: str) -> None:
-        self.directory = directory
+    def __init__(
+        self, directory: Path, config: str, bind_url: str, host: str, python: str, home: Path
+    ) -> None:
+        self.directory, self.python = directory, python
+        self.config_file = home / "jupyterhub_config.py"
         self.port, self.hub_port, self.api_port = free_port(), free_port(), free_port()
         bind_url = bind_url.replace("PORT", str(self.port))
         parts = urllib.parse.urlsplit(bind_url)
@@ -432,7 +466,7 @@ class WholeHub:
         self.url = f"{parts.scheme}://{address}:{self.port}"
         self.headers = {"Host": f"{host}:{self.port}"} if host else {}
         self.log_file = directory / "hub.log"
-        (directory / "jupyterhub_config.py").write_text(
+        self.config_file.write_text(
             f"""
 c = get_config()
 c.JupyterHub.bind_url = "{bind_url}"
@@ -447,7 +481,7 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
 {config}
 """
         )
-        scripts = os.path.dirname(sys.executable)
+        scripts = os.path.dirname(python)
         self.environ = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"}
         self.process = self.start()
         self._cookies: dict[tuple[str, str], str] = {}  # by path and name
@@ -461,7 +495,7 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
     def start(self) -> subprocess.Popen[bytes]:
         with open(self.log_file, "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "jupyterhub", "-f", "jupyterhub_config.py"],
+                [self.python, "-m", "jupyterhub", "-f", str(self.config_file)],
                 cwd=self.directory,
                 env=self.environ,
                 stdout=log,
@@ -560,8 +594,15 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
 def whole_hub(tmp_path: Path) -> Iterator[Callable[..., WholeHub]]:
     hubs: list[WholeHub] = []
 
-    def make(config: str, bind_url: str = "http://127.0.0.1:PORT", host: str = "") -> WholeHub:
-        hubs.append(WholeHub(tmp_path, config, bind_url, host))
+    def make(
+        config: str,
+        bind_url: str = "http://127.0.0.1:PORT",
+        host: str = "",
+        python: str = sys.executable,
+        home: Path = tmp_path,
+    ) -> WholeHub:
+        """Start a hub in tmp_path, its configuration in a home of its own if wanted."""
+        hubs.append(WholeHub(tmp_path, config, bind_url, host, python, home))
         hubs[-1].wait_up()
         return hubs[-1]
 

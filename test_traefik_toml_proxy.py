@@ -12,6 +12,7 @@ import datetime
 import gc
 import http.client
 import http.server
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -29,11 +30,13 @@ import ssl
 import statistics
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 import time
 import traceback
 import urllib.parse
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +64,7 @@ from conftest import (
     free_port,
     installed_traefik,
     make_certificate,
+    new_environment,
     port_of,
     stand_in_app,
     traefik_binary,
@@ -3540,6 +3544,216 @@ def test_every_option_has_a_help_text_of_its_own() -> None:
 def test_jupyterhub_finds_the_entry_point() -> None:
     found = importlib.metadata.entry_points(group="jupyterhub.proxies", name="traefik_toml")
     assert "traefik_toml_proxy:TraefikTomlProxy" in [point.value for point in found]
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Build an sdist, and from that a wheel; return their paths."""
+    directory = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--outdir", str(directory), str(HERE)]
+    subprocess.run(build, check=True, cwd=directory)
+    name = f"traefik_toml_proxy-{proxy.__version__}"
+    return directory / f"{name}.tar.gz", directory / f"{name}-py3-none-any.whl"
+
+
+@pytest.fixture(scope="session")
+def user_python(
+    distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A Python of a user who installed the wheel."""
+    with new_environment(tmp_path_factory.mktemp("user"), str(distributions[1])) as python:
+        yield python
+
+
+def test_the_distributions_hold_what_they_should(distributions: tuple[Path, Path]) -> None:
+    sdist, wheel = distributions
+    name = f"traefik_toml_proxy-{proxy.__version__}"
+    with tarfile.open(sdist) as archive:
+        assert {path.removeprefix(f"{name}/") for path in archive.getnames()} == {
+            *("traefik_toml_proxy.py", "test_traefik_toml_proxy.py", "conftest.py"),
+            *("pyproject.toml", "README.md", "PKG-INFO", ".gitignore", ".stubs/__init__.pyi"),
+        }
+    with zipfile.ZipFile(wheel) as archive:
+        module, stubs = "traefik_toml_proxy.py", "traefik_toml_proxy-stubs/__init__.pyi"
+        assert {path.replace(f"{name}.dist-info", "info") for path in archive.namelist()} == {
+            *(module, stubs),
+            *("info/METADATA", "info/WHEEL", "info/RECORD", "info/entry_points.txt"),
+        }
+        source = (HERE / "traefik_toml_proxy.py").read_bytes()
+        assert archive.read(module) == archive.read(stubs) == source
+
+
+INSTALLED = """
+import importlib.metadata, json, sys
+(proxy,) = importlib.metadata.entry_points(group="jupyterhub.proxies", name="traefik_toml")
+(script,) = importlib.metadata.entry_points(group="console_scripts", name="traefik-toml-proxy")
+metadata = importlib.metadata.metadata("traefik-toml-proxy")
+found = {name: metadata.get_all(name) for name in metadata}
+found |= {"class": repr(proxy.load()), "script": script.value}
+found |= {"file": sys.modules["traefik_toml_proxy"].__file__, "readme": metadata.get_payload()}
+print(json.dumps(found))
+"""
+
+
+def check_installed(python: str, directory: Path, site: Path, **environ: str) -> None:
+    """Check what a Python, asked from a directory, knows of the project, and where that is."""
+    asking = [python, "-c", INSTALLED]
+    environ = {**os.environ, **environ}
+    found = json.loads(subprocess.check_output(asking, cwd=directory, env=environ))
+    assert found["class"] == "<class 'traefik_toml_proxy.TraefikTomlProxy'>"
+    assert found["file"] == str(site / "traefik_toml_proxy.py")
+    assert found["script"] == "traefik_toml_proxy:main"
+    assert found["Version"] == [proxy.__version__]
+    assert found["License-Expression"] == ["BSD-3-Clause"]
+    assert found["Requires-Python"] == [">=3.10"]
+    assert "Typing :: Typed" in found["Classifier"]
+    assert found["Summary"][0] in (HERE / "pyproject.toml").read_text()
+    assert len(found["Project-URL"]) == 2
+    needed = [re.match(r"[\w-]+", line)[0] for line in found["Requires-Dist"] if ";" not in line]
+    assert sorted(needed) == ["jupyterhub", "tomli", "tomli-w", "traitlets"]
+    assert found["readme"].strip() == (HERE / "README.md").read_text().strip()
+
+
+def test_the_wheel_can_be_installed(user_python: str, tmp_path: Path) -> None:
+    (site,) = Path(user_python).parent.parent.glob("lib/python*/site-packages")
+    check_installed(user_python, tmp_path, site)
+
+
+def test_the_sdist_can_be_installed(
+    distributions: tuple[Path, Path], bare_python: str, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    pip = [bare_python, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
+    subprocess.run([*pip, "--target", str(site), str(distributions[0])], check=True, cwd=tmp_path)
+    check_installed(bare_python, tmp_path, site, PYTHONPATH=str(site))
+
+
+RIGHT = """
+from typing_extensions import assert_type
+from typing import Any
+from traefik_toml_proxy import TraefikTomlProxy
+
+class FrontDoor(TraefikTomlProxy):
+    pass
+
+async def use(door: FrontDoor) -> None:
+    assert_type(door.check_route_timeout, float)
+    assert_type(door.letsencrypt_domains, list[str])
+    assert_type(await door.get_all_routes(), dict[str, dict[str, Any]])
+    await door.add_route("/user/a/", "http://127.0.0.1:9000", {"user": "a"})
+    door.check_route_timeout = 10
+"""
+WRONG = """
+from traefik_toml_proxy import TraefikTomlProxy
+
+async def misuse(proxy: TraefikTomlProxy) -> None:
+    await proxy.add_route("/user/a/", 9000, {"user": "a"})
+    await proxy.delete_route()
+    proxy.check_route_timeout = "10"
+"""
+
+
+def test_mypy_knows_the_types_of_the_installed_module(user_python: str, tmp_path: Path) -> None:
+    (tmp_path / "right.py").write_text(RIGHT)
+    (tmp_path / "wrong.py").write_text(WRONG)
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", user_python]
+    files = ["right.py", "wrong.py"]
+    answer = subprocess.run([*mypy, *files], cwd=tmp_path, capture_output=True, text=True)
+    errors = re.findall(r"^(\S+):(\d+): error: .*\[(.+)\]$", answer.stdout, re.MULTILINE)
+    assert errors == [
+        ("wrong.py", "5", "arg-type"),
+        ("wrong.py", "6", "call-arg"),
+        ("wrong.py", "7", "assignment"),
+    ], answer
+
+
+def processes_of(directory: Path) -> list[str]:
+    """Return the command lines of the processes that name a directory."""
+    pids = map(int, filter(str.isdigit, os.listdir("/proc")))
+    lines = (" ".join(proxy.command_line(pid)) for pid in pids)
+    return [line for line in lines if str(directory) in line]
+
+
+@pytest.mark.process
+@pytest.mark.hub
+def test_the_file_lies_beside_the_configuration(
+    whole_hub: Callable[..., WholeHub], bare_python: str, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(HERE / "traefik_toml_proxy.py", home)
+    command = f"c.TraefikTomlProxy.command = {installed_traefik()!r}"
+    config = readme_block("python", "sys.path.insert") + command
+    hub = whole_hub(config, python=bare_python, home=home)
+    assert "Using Proxy: traefik_toml_proxy.TraefikTomlProxy" in hub.log()
+    assert "Sign in" in hub.follow("/")[1]
+    assert {path.name for path in tmp_path.iterdir()} >= {"traefik.toml", "rules.toml"}
+    assert len(processes_of(tmp_path)) == 2, "the hub and Traefik"
+    hub.process.send_signal(signal.SIGINT)
+    hub.process.wait(30)
+    assert hub.port_is_free()
+    assert processes_of(tmp_path) == []
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"home", "hub.log", "jupyterhub.sqlite", "jupyterhub_cookie_secret"}
+
+
+WAYS = ["renaming_project", "subclassing_project"]
+
+
+def vendor(directory: Path, project: str) -> None:
+    """Make a package that holds the module under another name, and the proxy as FrontDoor."""
+    package = directory / project
+    package.mkdir()
+    text = (HERE / "traefik_toml_proxy.py").read_text()
+    if project == "renaming_project":
+        text = text.replace("TraefikTomlProxy", "FrontDoor")
+        use = "from .frontdoor import FrontDoor\n"
+    else:
+        use = "from .frontdoor import TraefikTomlProxy\nclass FrontDoor(TraefikTomlProxy): ...\n"
+    (package / "frontdoor.py").write_text(text)
+    (package / "__init__.py").write_text(use)
+
+
+@pytest.mark.process
+@pytest.mark.hub
+@pytest.mark.parametrize("project", WAYS)
+def test_the_file_is_vendored(
+    whole_hub: Callable[..., WholeHub], bare_python: str, tmp_path: Path, project: str
+) -> None:
+    vendor(tmp_path, project)
+    config = f"""
+c.JupyterHub.proxy_class = "{project}.FrontDoor"
+c.FrontDoor.update(c.pop("TraefikTomlProxy"))  # the port of the API, too
+c.FrontDoor.command = {installed_traefik()!r}
+c.FrontDoor.toml_dynamic_config_file = "front.toml"
+c.TraefikTomlProxy.toml_dynamic_config_file = "other.toml"
+c.TraefikTomlProxy.traefik_log_level = "WARN"
+"""
+    hub = whole_hub(config, python=bare_python)
+    assert f"Using Proxy: {project}." in hub.log()
+    assert "Sign in" in hub.follow("/")[1]
+    static = tomli.loads((tmp_path / "traefik.toml").read_text())
+    assert static["entryPoints"]["auth_api"]["address"] == f"127.0.0.1:{hub.api_port}"
+    assert static["providers"]["file"]["filename"] == str(tmp_path / "front.toml")
+    level = "WARN" if project == "subclassing_project" else "ERROR"
+    assert static["log"]["level"] == level, "a subclass takes its parent's options, too"
+
+
+@pytest.mark.parametrize("project", WAYS)
+async def test_messages_of_a_vendored_file_name_options_that_it_has(
+    make_proxy: ProxyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: str
+) -> None:
+    vendor(tmp_path, project)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = importlib.import_module(project).FrontDoor
+    with pytest.raises(RuntimeError) as no_program:
+        await make_proxy(kind, command="no-such-program").start()
+    with pytest.raises(ValueError, match="no credentials") as no_password:
+        await make_proxy(kind, should_start=False).get_all_routes()
+    for error in (no_program, no_password):
+        name, option = re.search(r"set c\.(\w+)\.(\w+)", str(error.value)).groups()
+        made = make_proxy(kind, config=Config({name: {option: "abc"}}))
+        assert getattr(made, option) in ("abc", ["abc"])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+../traefik_toml_proxy.py
