@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import collections
@@ -2700,24 +2701,18 @@ def test_a_check_that_is_terminated_puts_the_file_back(setup: Setup, there: bool
     assert not there or setup.rules.read_text() == MINE
 
 
-TRAEFIK_1_FILE = """
-defaultentrypoints = ["http"]
-logLevel = "ERROR"
-[api]
-dashboard = true
-entrypoint = "auth_api"
-[wss]
-protocol = "http"
-[entryPoints.http]
-address = ":8000"
-[entryPoints.auth_api]
-address = ":8099"
-[entryPoints.auth_api.auth.basic]
-users = ["api_admin:$apr1$eS/j3kum$q/X2khsIEG/bBGsteP.x./"]
-[file]
-filename = "rules.toml"
-watch = true
-"""
+def traefik_1_and_3() -> list[str]:
+    """Return the two static files that stand side by side in the README."""
+    head = "| Traefik 1 | Traefik 3 |\n| --- | --- |\n"
+    table = (HERE / "README.md").read_text().partition(head)[2].partition("\n\n")[0]
+    rows = [line.strip("|").split(" | ") for line in table.splitlines()]
+    files = []
+    for column in zip(*rows, strict=True):
+        spans = re.findall("`(.*?)`", "\n".join(column))
+        files.append("\n".join(text for text in spans if text[0] == "[" or " = " in text))
+    return files
+
+
 TRAEFIK_1_WORDS = (
     "format of Traefik 1",
     "defaultentrypoints: now nothing",
@@ -2726,6 +2721,8 @@ TRAEFIK_1_WORDS = (
     "[wss]: now nothing",
     "[file]: now [providers.file]",
     "logLevel: now [log]",
+    "[entryPoints.http.redirect]: now http.redirections",
+    "[acme]: now [certificatesResolvers.letsencrypt.acme]",
 )
 
 
@@ -2735,7 +2732,7 @@ async def test_a_static_file_of_traefik_1_is_recognised(
     setup: Setup, should_start: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     setup.configure(should_start=should_start, check_route_timeout=0.1)
-    setup.static.write_text(TRAEFIK_1_FILE)
+    setup.static.write_text(traefik_1_and_3()[0])
     level, text = setup.check(fails=True)["static"]
     assert level == "FAIL"
     assert [words for words in TRAEFIK_1_WORDS if words not in text] == []
@@ -2745,6 +2742,16 @@ async def test_a_static_file_of_traefik_1_is_recognised(
     messages = [record.getMessage() for record in caplog.records]
     (message,) = [text for text in messages if "format of Traefik 1" in text]
     assert [words for words in TRAEFIK_1_WORDS if words not in message] == []
+
+
+@pytest.mark.process
+def test_traefik_takes_the_newer_of_the_two_static_files(setup: Setup) -> None:
+    old, new = traefik_1_and_3()
+    assert len(tomli.loads(old)) == 7
+    assert proxy.traefik_1(tomli.loads(new)) == ""
+    new = new.replace(":8000", f":{setup.port}").replace(":8099", f":{setup.api_port}")
+    other = {"entryPoints": {"https": {"address": f"127.0.0.1:{free_port()}"}}}
+    setup.start_traefik(tomli_w.dumps(proxy.merge(tomli.loads(new), other)))
 
 
 def test_nothing_of_traefik_3_is_taken_for_traefik_1() -> None:
@@ -2912,12 +2919,14 @@ async def test_check_knows_how_long_certificates_last(
     setup.start_traefik()
     found = setup.check(fails=days < 0)
     assert levels(found) == ({} if level == "ok" else {"certificates": level})
-    assert f"{cert}: for hub.example, 127.0.0.1, {days} days left" == found["certificates"][1]
+    text = f"for hub.example, 127.0.0.1, {days} days left"
+    text += ": renew the certificate" * (level != "ok")
+    assert f"{cert}: {text}" == found["certificates"][1]
     await setup.hub(ssl_cert=cert).get_all_routes()
     del setup.options["JupyterHub.ssl_cert"], setup.options["JupyterHub.ssl_key"]
     setup.configure(traefik_entrypoint="https")  # now it looks at what the front door shows
     found = setup.check(fails=days < 0)
-    assert f"127.0.0.1: for hub.example, 127.0.0.1, {days} days left" == found["certificates"][1]
+    assert f"127.0.0.1: {text}" == found["certificates"][1]
 
 
 PROXY_CLASS = "c.JupyterHub.proxy_class = 'traefik_toml_proxy.TraefikTomlProxy'\n"
@@ -2995,6 +3004,29 @@ def test_what_a_static_config_with_everything_looks_like(setup: Setup) -> None:
         table for _, table in comments
     }
     assert levels(setup.check()) == {"certificates": "warn"}, "none is issued yet"
+
+
+@pytest.mark.process
+async def test_lets_encrypt_where_somebody_else_starts_traefik(
+    setup: Setup, pebble: Callable[..., Pebble], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = pebble(setup.port, free_port())
+    monkeypatch.setenv("LEGO_CA_CERTIFICATES", authority.root)
+    setup.configure(
+        letsencrypt_email="me@example.org",
+        letsencrypt_domains=["hub.example.org"],
+        letsencrypt_ca_server=authority.url,
+    )
+    setup.start_traefik()
+    assert levels(setup.check()) == {"certificates": "warn"}, "it comes with the hub's start"
+    await setup.hub().get_all_routes()
+    found = await asyncio.to_thread(
+        wait_until, lambda: served_certificate(setup.port, "hub.example.org", authority.issuer())
+    )
+    assert found["subjectAltName"] == (("DNS", "hub.example.org"),)
+    found = setup.check()
+    assert levels(found) == {}
+    assert re.match(r"hub\.example\.org: for hub\.example\.org, \d+ days", found["certificates"][1])
 
 
 @pytest.mark.parametrize("secret", ["secret", "with space", 'a"\\é', "x" * 200])
@@ -3515,6 +3547,82 @@ async def test_the_readmes_files_for_an_external_traefik_work(
     assert who(port_of(made), "/user/a/") == "a"
     api_port = int(made.traefik_api_url.rsplit(":", 1)[1])
     assert fetch(api_port, "/dashboard/")[0] == 401
+
+
+@pytest.mark.process
+def test_the_readme_shows_what_static_config_prints(setup: Setup) -> None:
+    block = readme_block("python", '.toml_dynamic_config_file = "/var/lib/traefik/rules.toml"')
+    block = block.replace('"traefik_toml"', '"traefik_toml_proxy.TraefikTomlProxy"')
+    block += f"c.TraefikTomlProxy.command = {installed_traefik()!r}\n"
+    (setup.directory / "jupyterhub_config.py").write_text(block)
+    assert setup.run("static-config") == readme_block("toml", "[entryPoints.auth_api]")
+
+
+def test_the_readme_shows_what_check_prints(setup: Setup) -> None:
+    shown = readme_block("text", "$ traefik-toml-proxy check")
+    names = re.findall(r"(?m)^(?:ok|warn|FAIL) +(\w+): ", shown)
+    setup.configure()
+    assert names == list(setup.check(fails=True))
+
+
+def literal(node: ast.AST | None, names: dict[str, ast.AST]) -> str:
+    """Return the text of an expression as far as it is written in the source, "…" elsewhere."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(literal(value, names) for value in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return literal(node.value, names)
+    if isinstance(node, ast.BinOp):
+        return literal(node.left, names) + literal(node.right, names)
+    if isinstance(node, ast.IfExp):
+        return literal(node.body, names) + "…" + literal(node.orelse, names)
+    if isinstance(node, ast.Name) and node.id in names:
+        others = {name: value for name, value in names.items() if name != node.id}
+        return literal(names[node.id], others)
+    return "…"
+
+
+def messages() -> dict[int, str]:
+    """Return all errors, warnings and findings that are not ok in the module, by line."""
+    found = {}
+    tree = ast.parse((HERE / "traefik_toml_proxy.py").read_text())
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for function in (node for node in ast.walk(tree) if isinstance(node, functions)):
+        names: dict[str, ast.AST] = {}
+        for node in [*tree.body, *ast.walk(function)]:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                names[node.targets[0].id] = node.value
+        for node in ast.walk(function):
+            text = None
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                text = node.exc.args[0]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                text = node.args[0] if node.func.attr in ("warning", "error") else None
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                kind = {"APIError": node.args[:1], "OSError": node.args[1:]}.get(node.func.id)
+                text = kind[0] if kind else None
+            elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+                level, text = node.value.elts[0], node.value.elts[-1]
+                text = text if re.search("FAIL|warn", literal(level, names)) else None
+            if text:
+                found[node.lineno] = literal(text, names)
+    return found
+
+
+def test_the_readme_has_a_cure_for_every_message() -> None:
+    readme = (HERE / "README.md").read_text()
+    section = readme.partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
+    cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:3] == "| `"]
+    assert [row for row in cells if len(row) != 2 or len(row[1]) < 5] == []
+    known = "".join(re.findall(r"\w+", "\n".join(row[0] for row in cells)))
+    unknown = {}
+    for line, text in messages().items():
+        longest = max(re.split("…|%s|%i|%[.]1f", text), key=len)
+        if "".join(re.findall(r"\w+", longest)) not in known:
+            unknown[line] = text
+    assert unknown == {}
+    assert len(messages()) > 60
 
 
 @pytest.mark.process

