@@ -374,14 +374,11 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Table:
     return flat
 
 
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
+def merge(under: Any, over: Any) -> Any:
     """Return a new table with the values of both, those of ``over`` where both have one."""
-    both = {
-        key: merge(under[key], value)
-        for key, value in over.items()
-        if isinstance(value, Mapping) and isinstance(under.get(key), Mapping)
-    }
-    return {**under, **over, **both}
+    if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
+        return over
+    return {**under, **{key: merge(under.get(key), value) for key, value in over.items()}}
 
 
 # Traefik API --------------------------------------------------------------------------------------
@@ -1005,12 +1002,12 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                 problem = f"is in the format of Traefik 1 ({old})"
         except ValueError as error:
             problem = f"is not TOML ({error})"
-        foreign = bool(text.strip()) and not text.startswith(WRITTEN_BY)
-        if foreign and self.should_start:
+        if text.startswith(WRITTEN_BY) or not text.strip():
+            return config  # whatever it is, the hub writes it anew
+        if self.should_start:
             advice = f"move it away, change {STATIC}, or set should_start = False"
-            text_of = f"{path} was not written by this proxy: {advice}"
-            raise ValueError(f"{text_of}. It {problem}" if problem else text_of)
-        if foreign and problem:
+            problem = f"was not written by this proxy: {advice}{problem and f'. It {problem}'}"
+        if problem:
             raise ValueError(f"{path} ({STATIC}) {problem}")
         return config
 
@@ -1086,12 +1083,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         # https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/
         address, _ = split_address("JupyterHub.bind_url", self.public_url)
         api_address, api_https = split_address("traefik_api_url", self.traefik_api_url)
-        by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
-        redirect = self.redirect_http_port or (80 if by_http else 0)
-        if redirect and not self._https:
-            raise ValueError("redirect_http_port needs a JupyterHub.bind_url with https")
-        if self.letsencrypt_domains and not self.letsencrypt_email:
-            raise ValueError("letsencrypt_domains needs letsencrypt_email, too")
         public, api = map(toml_string, (self.traefik_entrypoint, self.traefik_api_entrypoint))
         text = f"""
 [global]
@@ -1129,21 +1120,7 @@ readTimeout = "0s"
             text += "# 3.6.3 to 3.6.6 refuse, say, a user called a/b or a file called 50%.\n"
             text += f"[entryPoints.{public}.http.encodedCharacters]\n"
             text += "".join(f"allowEncoded{char} = true\n" for char in ENCODED)
-        if redirect:
-            text += f"""# Plain HTTP is redirected.
-[entryPoints.redirect]
-address = "{address.rpartition(":")[0]}:{redirect}"
-http.redirections.entryPoint = {{to = {public}, scheme = "https"}}
-"""
-        if self.letsencrypt_domains:
-            storage = os.path.join(os.path.dirname(static_file), "acme.json")
-            text += f"""# Certificates from Let's Encrypt are kept in the file "storage".
-[certificatesResolvers.letsencrypt.acme]
-email = {toml_string(self.letsencrypt_email)}
-storage = {toml_string(storage)}
-caServer = {toml_string(self.letsencrypt_ca_server)}
-{'httpChallenge.entryPoint = "redirect"' if by_http else "tlsChallenge = {}"}
-"""
+        text += self._redirect_and_letsencrypt(address, os.path.dirname(static_file))
         if self.should_start and self.track_last_activity:
             text += """# Few buckets, for each takes a line per service.
 [metrics.prometheus]
@@ -1151,12 +1128,36 @@ manualRouting = true
 addEntryPointsLabels = false
 buckets = [60.0]
 """
-        comments = {
-            table: line for line, table in re.findall(r"(# .*\n)(.*)", text.replace('"', ""))
-        }
+        pairs = re.findall(r"(# .*\n)(.*)", text.replace('"', ""))
+        comments = {table: comment for comment, table in pairs}
         config = merge(tomli.loads(text), self.extra_static_config)
         lines = self._render(config, "extra_static_config").splitlines(keepends=True)
         return "".join(comments.get(line.strip().replace('"', ""), "") + line for line in lines)
+
+    def _redirect_and_letsencrypt(self, address: str, directory: str) -> str:
+        by_http = bool(self.letsencrypt_domains) and self.letsencrypt_challenge == "http"
+        redirect = self.redirect_http_port or 80 * by_http
+        text = ""
+        if redirect and not self._https:
+            raise ValueError("redirect_http_port needs a JupyterHub.bind_url with https")
+        if redirect:
+            text += f"""# Plain HTTP is redirected.
+[entryPoints.redirect]
+address = "{address.rpartition(":")[0]}:{redirect}"
+http.redirections.entryPoint.to = {toml_string(self.traefik_entrypoint)}
+http.redirections.entryPoint.scheme = "https"
+"""
+        if self.letsencrypt_domains and not self.letsencrypt_email:
+            raise ValueError("letsencrypt_domains needs letsencrypt_email, too")
+        if self.letsencrypt_domains:
+            text += f"""# Certificates from Let's Encrypt are kept in the file "storage".
+[certificatesResolvers.letsencrypt.acme]
+email = {toml_string(self.letsencrypt_email)}
+storage = {toml_string(os.path.join(directory, "acme.json"))}
+caServer = {toml_string(self.letsencrypt_ca_server)}
+{'httpChallenge.entryPoint = "redirect"' if by_http else "tlsChallenge = {}"}
+"""
+        return text
 
     def _dynamic_config(self) -> Table:
         """Return what the proxy writes into the dynamic file beside routes and canary."""
@@ -1213,7 +1214,8 @@ query = {query}
             pair = pair or (placeholder_certificate() if self.should_start else ())
         if pair:
             text += f"[tls.stores.default]\ndefaultCertificate = {certificate_toml(*pair)}\n"
-        return merge(tomli.loads(text), self.extra_dynamic_config)
+        config: Table = merge(tomli.loads(text), self.extra_dynamic_config)
+        return config
 
     def _render(self, config: Table, option: str) -> str:
         """Return a table as TOML that is no Go template. Raises ``ValueError`` for the option."""
