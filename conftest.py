@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fixtures: real backends, a managed proxy, external ones, and a whole JupyterHub."""
+"""Fixtures: real backends, a managed proxy, external ones, a whole JupyterHub, containers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -22,7 +23,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ import tornado.httpserver
 import tornado.netutil
 import tornado.web
 import tornado.websocket
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -453,11 +455,20 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 class WholeHub:
     """A JupyterHub in a process of its own, and a browser of sorts to use it with."""
 
+    process: subprocess.Popen[bytes]
+
     def __init__(
-        self, directory: Path, config: str, bind_url: str, host: str, python: str, home: Path
+        self,
+        directory: Path,
+        config: str,
+        bind_url: str,
+        host: str,
+        python: str,
+        home: Path,
+        command: Sequence[str],
     ) -> None:
-        self.directory, self.python = directory, python
-        self.config_file = home / "jupyterhub_config.py"
+        self.directory, self.config_file = directory, home / "jupyterhub_config.py"
+        self.command = command or [python, "-m", "jupyterhub", "-f", str(self.config_file)]
         self.port, self.hub_port, self.api_port = free_port(), free_port(), free_port()
         bind_url = bind_url.replace("PORT", str(self.port))
         parts = urllib.parse.urlsplit(bind_url)
@@ -483,7 +494,6 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
         )
         scripts = os.path.dirname(python)
         self.environ = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"}
-        self.process = self.start()
         self._cookies: dict[tuple[str, str], str] = {}  # by path and name
 
     def cookies(self, url: str) -> dict[str, str]:
@@ -495,7 +505,7 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
     def start(self) -> subprocess.Popen[bytes]:
         with open(self.log_file, "ab") as log:
             return subprocess.Popen(
-                [self.python, "-m", "jupyterhub", "-f", str(self.config_file)],
+                self.command,
                 cwd=self.directory,
                 env=self.environ,
                 stdout=log,
@@ -599,13 +609,87 @@ def whole_hub(tmp_path: Path) -> Iterator[Callable[..., WholeHub]]:
         bind_url: str = "http://127.0.0.1:PORT",
         host: str = "",
         python: str = sys.executable,
-        home: Path = tmp_path,
+        directory: Path = tmp_path,
+        home: Path | None = None,
+        command: Sequence[str] = (),
+        before: Callable[[WholeHub], Any] = lambda hub: None,
     ) -> WholeHub:
-        """Start a hub in tmp_path, its configuration in a home of its own if wanted."""
-        hubs.append(WholeHub(tmp_path, config, bind_url, host, python, home))
-        hubs[-1].wait_up()
-        return hubs[-1]
+        """Start a hub, after something that needs its ports, and wait until it can be used.
+
+        Its configuration may lie in a home of its own; ``command`` is what starts it otherwise.
+        """
+        hub = WholeHub(directory, config, bind_url, host, python, home or directory, command)
+        before(hub)
+        hub.process = hub.start()
+        hubs.append(hub)
+        hub.wait_up()
+        return hub
 
     yield make
     for hub in hubs:
         hub.stop()
+
+
+# Containers without an engine -----------------------------------------------------------------
+
+
+class Compose:
+    """Runs the services of a compose file where there is no container engine.
+
+    Each is a process with a mount namespace of its own, in which /srv is empty but for its volumes.
+    All share the network of this machine, as services do that have the same ``network_mode``.
+    """
+
+    def __init__(self, directory: Path, text: str) -> None:
+        self.directory = directory
+        content = yaml.safe_load(text)
+        self.services: dict[str, dict[str, Any]] = content["services"]
+        for volume in content.get("volumes", ()):
+            (directory / volume).mkdir()
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def command(self, name: str, *program: str) -> list[str]:
+        """Return how to run a service: a program, if any, with the ``command`` of the service."""
+        service = self.services[name]
+        script = ["mount -t tmpfs -o mode=755 tmpfs /srv"]
+        for volume in service["volumes"]:
+            path, target, *mode = volume.split(":")
+            source = self.directory / path
+            mount_point = "mkdir -p" if source.is_dir() else "install -D /dev/null"
+            script += [
+                f"{mount_point} {target}",
+                f"mount --bind {shlex.quote(str(source))} {target}",
+            ]
+            script += [f"mount -o remount,bind,{mode[0]} {target}"] if mode else []
+        script += [f"cd {service.get('working_dir', '/')}", 'exec "$@"']
+        namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+        shell = ["sh", "-e", "-c", "\n".join(script), "sh"]
+        user = []
+        if "user" in service:
+            uid, gid = service["user"].split(":")
+            user = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups"]
+            caps = ",".join(f"+{name}" for name in service.get("cap_add", ()))
+            user += [f"--inh-caps={caps}", f"--ambient-caps={caps}"] if caps else []
+        return [*namespace, *shell, *user, *program, *service["command"]]
+
+    def start(self, name: str, *program: str) -> subprocess.Popen[bytes]:
+        self.processes.append(subprocess.Popen(self.command(name, *program)))
+        return self.processes[-1]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def compose(tmp_path: Path) -> Iterator[Callable[[str], Compose]]:
+    made: list[Compose] = []
+
+    def make(text: str) -> Compose:
+        made.append(Compose(tmp_path, text))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()

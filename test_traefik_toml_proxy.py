@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import platform
 import pty
+import pwd
 import random
 import re
 import resource
@@ -28,6 +29,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import statistics
 import subprocess
 import sys
@@ -58,6 +60,7 @@ from conftest import (
     HERE,
     OLD_VERSIONS,
     Backends,
+    Compose,
     Pebble,
     ProxyFactory,
     WholeHub,
@@ -3641,6 +3644,275 @@ async def test_the_readmes_access_log_keeps_secrets_out(
     text = await asyncio.to_thread(wait_until, lambda: log.exists() and log.read_text())
     assert json.loads(text.splitlines()[0])["RequestPath"] == "/user/a/lab"
     assert "SECRET" not in text
+
+
+@pytest.mark.process
+@pytest.mark.hub
+@pytest.mark.parametrize(("scheme", "version"), [("https", "newest"), ("http", "3.6.4")])
+def test_the_readmes_files_for_the_littlest_jupyterhub_work(
+    whole_hub: Callable[..., WholeHub],
+    make_proxy: ProxyFactory,
+    backends: Backends,
+    tmp_path: Path,
+    scheme: str,
+    version: str,
+) -> None:
+    state, rules = tmp_path / "state", tmp_path / "state" / "rules"
+    rules.mkdir(parents=True, mode=0o700)
+    cert, key = make_certificate(tmp_path / "own", "hub.test")
+    dynamic = {
+        "tls": {
+            "options": {"default": {"minVersion": "VersionTLS13"}},
+            "stores": {"default": {"defaultCertificate": {"certFile": cert, "keyFile": key}}},
+        }
+    }
+    (rules / "dynamic.toml").write_text(tomli_w.dumps(dynamic if scheme == "https" else {}))
+    (rules / "admins.toml").write_text(
+        f"""
+[http.routers.admins]
+rule = "PathPrefix(`/admins`)"
+entryPoints = ["{scheme}"]
+service = "admins"
+[[http.services.admins.loadBalancer.servers]]
+url = "{backends("admins")}"
+"""
+    )
+    extra = tomli.loads(
+        readme_block("toml", "refuses them unless told so").replace(
+            "entryPoints.http", f"entryPoints.{scheme}"
+        )
+    )
+
+    def install(hub: WholeHub) -> None:
+        """Leave everything as TLJH does, but for paths and ports, and start Traefik."""
+        (tmp_path / "tljh").mkdir()
+        settings = {
+            "traefik_api": {"port": hub.api_port, "username": "api_admin", "password": "secret"},
+            "https": {"enabled": scheme == "https"},
+        }
+        code = f"def load_config():\n    return {settings}\n"
+        (tmp_path / "tljh" / "configurer.py").write_text(code)
+        snippet = readme_block("python", "tljh.configurer").replace("/opt/tljh/state", str(state))
+        (tmp_path / "traefik_toml.py").write_text(snippet)
+        public: dict[str, Any] = {
+            "address": f"127.0.0.1:{hub.port}",
+            "transport": {"respondingTimeouts": {"idleTimeout": "10m"}},
+        }
+        if scheme == "https":
+            public["http"] = {"tls": {"options": "default"}}
+            hub.url = hub.url.replace("http:", "https:")
+        static = {
+            "api": {},
+            "entryPoints": {
+                scheme: public,
+                "auth_api": {"address": f"localhost:{hub.api_port}"},
+            },
+            "providers": {
+                "providersThrottleDuration": "0s",
+                "file": {"directory": str(rules), "watch": True},
+            },
+        }
+        (state / "traefik.toml").write_text(tomli_w.dumps(proxy.merge(static, extra)))
+        (rules / "rules.toml").touch(mode=0o600)
+        command = [traefik_binary(version), "-c", str(state / "traefik.toml")]
+        make_proxy.processes.append(subprocess.Popen(command, cwd=state))
+
+    config = f"""
+{TESTER}
+import sys
+sys.path.insert(0, "{tmp_path}")
+c.TraefikProxy.should_start = False
+c.TraefikProxy.traefik_api_username = "api_admin"
+c.TraefikProxy.traefik_api_password = "secret"
+c.TraefikProxy.traefik_entrypoint = "{scheme}"
+c.TraefikFileProviderProxy.dynamic_config_file = "{rules}/rules.toml"
+c.JupyterHub.proxy_class = "traefik_file"
+c.JupyterHub.cleanup_servers = False
+load_subconfig("{tmp_path}/traefik_toml.py")
+"""
+    hub = whole_hub(config, before=install)
+    base = run_server(hub, "a%3Bb")
+    assert ask(hub, f"{base}api/contents/50%25%2F%3F")[0] == 404, (
+        "Jupyter's answer, not Traefik's 400"
+    )
+    assert json.loads(hub.request("/admins/x").read())["who"] == "admins"
+    if scheme == "https":
+        trust = Path(cert).read_text()
+        served = served_certificate(hub.port, "hub.test", trust)
+        assert served["subject"] == ((("commonName", "hub.test"),),)
+        old = ssl._create_unverified_context()
+        old.maximum_version = ssl.TLSVersion.TLSv1_2
+        with (
+            socket.create_connection(("127.0.0.1", hub.port)) as connection,
+            pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"),
+        ):
+            old.wrap_socket(connection)
+    check = [sys.executable, "-m", "traefik_toml_proxy", "check", "--json"]
+    found = json.loads(subprocess.check_output(check, cwd=hub.directory))
+    assert [item for item in found if item["level"] != "ok"] == []
+    (rules / "rules.toml").write_text("")  # as `tljh-config reload proxy` does
+    wait_until(lambda: hub.request(f"{base}api/status").status == 404)
+    check_routes = f"http://127.0.0.1:{hub.hub_port}/hub/api/proxy"
+    assert ask(hub, check_routes, "POST")[0] == 200
+    assert ask(hub, f"{base}api/status")[0] == 200
+    assert "Traceback" not in hub.log()
+
+
+def container_files(hub: WholeHub, directory: Path) -> None:
+    """Write the README's traefik.toml for containers, with the ports of a hub."""
+    static = readme_block("toml", "/srv/rules")
+    static = static.replace('":8000"', f'"127.0.0.1:{hub.port}"').replace("8099", str(hub.api_port))
+    (directory / "traefik.toml").write_text(static)
+
+
+@pytest.mark.process
+@pytest.mark.hub
+def test_the_readmes_containers_work_and_start_in_any_order(
+    whole_hub: Callable[..., WholeHub], compose: Callable[[str], Compose], tmp_path: Path
+) -> None:
+    containers = compose(readme_block("yaml", "services:"))
+    services, directory = containers.services, tmp_path / "hub"
+    assert services["network"]["ports"] == ["8000:8000"]
+    assert services["hub"]["network_mode"] == services["traefik"]["network_mode"]
+    directory.mkdir()
+    rules = tmp_path / "rules" / "rules.toml"
+
+    def start_traefik() -> subprocess.Popen[bytes]:
+        return containers.start("traefik", installed_traefik())
+
+    def before(hub: WholeHub) -> None:
+        container_files(hub, tmp_path)
+        start_traefik()
+        wait_until(lambda: not hub.port_is_free())
+        assert os.listdir(rules.parent) == []
+
+    config = TESTER + readme_block("python", "/srv/rules/rules.toml")
+    command = containers.command("hub")
+    hub = whole_hub(config, directory=directory, command=command, before=before)
+    base = run_server(hub, "alice")
+    started = ask(hub, f"{base}api/status")[1]["started"]
+
+    hub.process.kill()
+    hub.process.wait()
+    hub.process = hub.start()
+    hub.wait_up()
+    assert ask(hub, f"{base}api/status")[1]["started"] == started
+
+    hub.process.kill()
+    hub.process.wait()
+    containers.close()
+    rules.unlink()
+    hub.process = hub.start()
+    wait_until(rules.exists)
+    assert hub.port_is_free()
+    traefik = start_traefik()
+    hub.wait_up()
+    assert ask(hub, f"{base}api/status")[1]["started"] == started
+    inside = Path(f"/proc/{traefik.pid}/root/srv")
+    assert sorted(os.listdir(inside)) == ["rules", "traefik.toml"]
+    with pytest.raises(OSError, match="Read-only"):
+        (inside / "rules" / "x.toml").touch()
+    assert not os.path.exists("/srv/rules"), "mounts are the container's own"
+
+
+@pytest.mark.process
+async def test_a_mounted_file_stays_the_old_one(
+    make_proxy: ProxyFactory,
+    backends: Backends,
+    compose: Callable[[str], Compose],
+    tmp_path: Path,
+) -> None:
+    containers = compose(readme_block("yaml", "services:"))
+    volumes = containers.services["traefik"]["volumes"]
+    made = make_proxy(
+        should_start=False,
+        traefik_api_username="api_admin",
+        traefik_api_password="admin",
+        toml_dynamic_config_file=str(tmp_path / "rules" / "rules.toml"),
+        check_route_timeout=10,
+    )
+    port = port_of(made)
+    ports = SimpleNamespace(port=port, api_port=made.traefik_api_url.rsplit(":", 1)[1])
+    container_files(ports, tmp_path)
+
+    async def start_traefik() -> None:
+        containers.close()
+        containers.start("traefik", installed_traefik())
+        await asyncio.to_thread(wait_until, lambda: answers("/user/a/") == "a")
+
+    def answers(path: str) -> str:
+        with contextlib.suppress(OSError):
+            return who(port, path)
+        return "nothing"
+
+    containers.start("traefik", installed_traefik())
+    await made.add_route("/user/a/", backends("a"), {})
+    directory = volumes.pop()
+    assert directory == "rules:/srv/rules:ro"
+    volumes.append("./rules/rules.toml:/srv/rules/rules.toml:ro")
+    await start_traefik()
+    made.check_route_timeout = 1
+    with pytest.raises(TimeoutError, match="shows an older version.*mount directories, not files"):
+        await made.add_route("/user/b/", backends("b"), {})
+    assert [answers(path) for path in ("/user/a/", "/user/b/")] == ["a", "404"]
+    volumes[-1] = directory
+    await start_traefik()
+    assert answers("/user/b/") == "b"
+
+
+@pytest.mark.process
+@pytest.mark.hub
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of other users")
+@pytest.mark.parametrize("owner", ["root", "jupyterhub"])
+def test_hub_and_traefik_as_two_users(
+    whole_hub: Callable[..., WholeHub],
+    compose: Callable[[str], Compose],
+    backends: Backends,
+    tmp_path: Path,
+    owner: str,
+) -> None:
+    hubs, traefiks = (
+        pwd.getpwnam("daemon" if owner == "jupyterhub" else "root"),
+        pwd.getpwnam("nobody"),
+    )
+    containers = compose(readme_block("yaml", "services:"))
+    services, directory, shared = containers.services, tmp_path / "hub", tmp_path / "rules"
+    directory.mkdir()
+    os.chown(directory, hubs.pw_uid, hubs.pw_gid)
+    (steps,) = re.findall(
+        f"^install .*-o {owner} -g traefik .*(?:\n.*)*",
+        readme_block("bash", f"-o {owner} -g traefik"),
+        re.MULTILINE,
+    )
+    steps = steps.replace(f"-o {owner} -g traefik", f"-o {hubs.pw_uid} -g {traefiks.pw_gid}")
+    steps = steps.replace("/var/lib/traefik", str(shared))
+    subprocess.run(["sh", "-ec", steps], check=True)
+    rules = shared / "rules.toml"
+    made = rules.stat()
+
+    services["hub"]["user"] = f"{hubs.pw_uid}:{hubs.pw_gid}"
+    services["traefik"]["user"] = f"{traefiks.pw_uid}:{traefiks.pw_gid}"
+    # Other users may not be able to enter the directories where Traefik and Python are.
+    services["traefik"]["volumes"].append(f"{installed_traefik()}:/srv/traefik:ro")
+    services["hub"]["cap_add"] = ["dac_read_search"]  # to read whatever it likes, not to write
+
+    def before(hub: WholeHub) -> None:
+        container_files(hub, tmp_path)
+        (tmp_path / "traefik.toml").chmod(0o644)
+        traefik = containers.start("traefik", "/srv/traefik")
+        wait_until(lambda: not hub.port_is_free())
+        assert os.stat(f"/proc/{traefik.pid}").st_uid == traefiks.pw_uid
+
+    config = readme_block("python", "/srv/rules/rules.toml")
+    config += f'c.JupyterHub.services = [{{"name": "echo", "url": "{backends("echo")}"}}]'
+    hub = whole_hub(config, directory=directory, command=containers.command("hub"), before=before)
+    assert os.stat(f"/proc/{hub.process.pid}").st_uid == hubs.pw_uid
+    wait_until(lambda: hub.request("/services/echo/").status == 200)
+    now = rules.stat()
+    assert now.st_ino != made.st_ino
+    assert (now.st_uid, now.st_gid) == (made.st_uid, made.st_gid) == (hubs.pw_uid, traefiks.pw_gid)
+    assert stat.S_IMODE(now.st_mode) == stat.S_IMODE(made.st_mode) == 0o640
+    assert "Traceback" not in hub.log()
 
 
 def test_every_option_has_a_help_text_of_its_own() -> None:

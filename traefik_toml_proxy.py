@@ -1382,7 +1382,9 @@ service = "noop@internal"
             if problem.status == 404:
                 providers = self._api.get("/api/overview", 1).get("providers") or []
                 reads = "has not read this file" if "File" in providers else "has no file provider"
-                advice = f": Traefik {reads}: {setting}; or its log tells what is wrong with it"
+                advice = (
+                    f": Traefik {reads}: {setting}; mount directories, not files; or see its log"
+                )
         return f"{problem}{advice}"
 
 
@@ -1449,12 +1451,15 @@ def check_static(proxy: TraefikTomlProxy) -> Finding:
     wanted = flatten(tomli.loads(proxy._static_config(path)))
     found = {"providers.file.watch": True, **flatten(proxy._read_static(path))}
     found = dict(plain(key, value) for key, value in found.items())
-    need = {"api": "[api]"}
+    names = "\n".join(found)
+
+    def has(key: str) -> bool:
+        return bool(re.search(rf"(?mi)^{re.escape(key)}(\.|$)", names))
+
+    faults = [] if has("api") else ["[api]"]
     for option in ("traefik_entrypoint", "traefik_api_entrypoint"):
-        name = getattr(proxy, option)
-        need[f"entrypoints.{name}.address"] = f"[entryPoints.{name}] with an address ({option})"
-    keys = "\n".join(found)
-    faults = [what for key, what in need.items() if not re.search(rf"(?mi)^{key}(\.|$)", keys)]
+        if not has(f"entryPoints.{getattr(proxy, option)}.address"):
+            faults.append(f"[entryPoints.{getattr(proxy, option)}] with an address ({option})")
     reads = found.get("providers.file.filename", "")
     if "providers.file.directory" in found:
         reads = os.path.join(found["providers.file.directory"], os.path.basename(proxy._file))
@@ -1466,7 +1471,7 @@ def check_static(proxy: TraefikTomlProxy) -> Finding:
         f"{key} = {value}"
         for key, value in wanted.items()
         if re.match(r"entryPoints|certificatesResolvers|providers\.(p|file\.w)", key)
-        and plain(key, value) not in found.items()
+        and not (has(key) if value == {} else plain(key, value) in found.items())
     ]
     return ("warn", f"{path} is without {', '.join(odd)}") if odd else ("ok", f"{path} fits")
 
