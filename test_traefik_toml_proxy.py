@@ -2627,7 +2627,8 @@ async def test_check_finds_nothing_wrong_with_the_static_config_that_is_printed(
     found = setup.check()
     assert levels(found) == {}, "before the hub has started"
     assert "http.routers.mine" in found["dynamic"][1]
-    assert re.fullmatch(rf"Traefik 3\.\S+ .*{setup.rules} after 0\.\d+ s", found["change"][1])
+    words = rf"a change of {setup.rules} has reached Traefik after 0\.\d+ s"
+    assert re.fullmatch(words, found["change"][1])
     assert (setup.rules.stat().st_ino, setup.rules.read_text()) == (before.st_ino, MINE)
     made = setup.hub()
     await made.add_route("/", backends("hub"), {})
@@ -2688,20 +2689,59 @@ async def test_a_hub_that_writes_during_a_check_loses_nothing(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("there", [True, False])
-def test_a_check_that_is_terminated_puts_the_file_back(setup: Setup, there: bool) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_check_that_is_interrupted_puts_the_file_back(setup: Setup, number: int) -> None:
     setup.configure(check_route_timeout=60)
-    if there:
-        setup.rules.write_text(MINE)
+    setup.rules.write_text(MINE)
+    before = setup.rules.stat()
     with answering(b"HTTP/1.1 401 No\r\n\r\n") as (url, _):  # an API that never follows
         setup.configure(traefik_api_url=url)
         command = [sys.executable, "-m", "traefik_toml_proxy", "check"]
-        process = subprocess.Popen(command, cwd=setup.directory, stdout=subprocess.DEVNULL)
-        wait_until(lambda: setup.rules.exists() and "check" in setup.rules.read_text())
-        process.terminate()
-        assert process.wait(20) == 1
-    assert os.listdir(setup.rules.parent) == ["rules.toml"] * there
-    assert not there or setup.rules.read_text() == MINE
+        process = subprocess.Popen(
+            command, cwd=setup.directory, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        wait_until(lambda: "jupyterhub-check" in setup.rules.read_text())
+        process.send_signal(number)
+        said = process.communicate(timeout=20)[1].decode()
+    assert process.returncode == (1 if number == signal.SIGINT else -number)
+    assert said == ("traefik-toml-proxy: interrupted\n" if number == signal.SIGINT else "")
+    assert os.listdir(setup.rules.parent) == ["rules.toml"]
+    assert (setup.rules.stat().st_ino, setup.rules.read_text()) == (before.st_ino, MINE)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("when", [1, 2])
+def test_a_hub_that_writes_while_files_are_swapped_has_the_last_word(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """In the moment before the router comes (1) and before the old file comes back (2)."""
+    setup.start_traefik()
+    swap, swaps = proxy.swap, []
+
+    def hub_was_quicker(one: str, other: str) -> None:
+        swaps.append(one)
+        if len(swaps) == when:
+            proxy.replace_file(str(setup.rules), MINE, "option", keep_mode=True)
+        swap(one, other)
+
+    monkeypatch.setattr(proxy, "swap", hub_was_quicker)
+    level, text = setup.check()["change"]
+    assert level == "ok", text
+    assert setup.rules.read_text() == MINE
+    assert os.listdir(setup.rules.parent) == ["rules.toml"]
+    assert len(swaps) == {1: 4, 2: 3}[when]
+
+
+def test_two_files_are_swapped_or_not_at_all(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_text("1")
+    other.write_text("2")
+    proxy.swap(str(one), str(other))
+    assert (one.read_text(), other.read_text()) == ("2", "1")
+    other.unlink()
+    with pytest.raises(FileNotFoundError, match=f"cannot swap {one} and {other}: No such file"):
+        proxy.swap(str(one), str(other))
+    assert one.read_text() == "2"
 
 
 def traefik_1_and_3() -> list[str]:
@@ -2776,7 +2816,7 @@ def test_nothing_of_traefik_3_is_taken_for_traefik_1() -> None:
         (lambda s: s.replace("[api]\ndashboard = true", ""), ("FAIL", r"has no \[api\]: `static-")),
         (
             lambda s: s.replace("[entryPoints.http]", "[entryPoints.web]"),
-            ("FAIL", r"has no \[entryPoints\.http\] with an address \(traefik_entrypoint\)"),
+            ("FAIL", r"has no \[entryPoints\.http\] \(traefik_entrypoint\): `static-"),
         ),
         (
             lambda s: s.replace("rules.toml", "other.toml"),
@@ -2793,11 +2833,11 @@ def test_nothing_of_traefik_3_is_taken_for_traefik_1() -> None:
         (lambda s: "not TOML", ("FAIL", r"traefik\.toml \(toml_static\S+\) is not TOML \(")),
         (
             lambda s: s.replace('readTimeout = "0s"', "").replace("127.0.0.1:", "localhost:"),
-            ("warn", r"without entryPoints\.http\.\S+readTimeout = 0s$"),
+            ("warn", r'without entryPoints\.http\.\S+readTimeout = "0s", but nothing$'),
         ),
         (
             lambda s: s.replace("watch = true", "watch = false"),
-            ("warn", r"without providers\.file\.watch = True$"),
+            ("warn", r"without providers\.file\.watch = true, but False$"),
         ),
         (lambda s: s.replace("watch = true", "").replace("entryPoints", "entrypoints"), ("ok", "")),
         (lambda s: s.replace('graceTimeOut = "0s"', "graceTimeOut = 0"), ("ok", "fits")),
@@ -2881,9 +2921,24 @@ def test_check_warns_of_an_api_without_a_password(setup: Setup) -> None:
     setup.configure(enable_setup_dynamic_config=False, traefik_api_entrypoint="traefik")
     static = tomli.loads(setup.run("static-config"))
     setup.start_traefik(tomli_w.dumps({**static, "api": {"insecure": True}}))
+    wait_until(lambda: fetch(setup.api_port, "/api/version")[0] == 200)
     found = setup.check()
     assert levels(found) == {"api": "warn"}
     assert "answers without a password" in found["api"][1]
+    other = setup.rules.with_name("other.toml")
+    other.write_text("")
+    setup.configure(toml_dynamic_config_file=str(other), check_route_timeout=0.5)
+    found = setup.check(fails=True)
+    assert levels(found)["change"] == "FAIL", "an API that answers is not enough"
+
+
+@pytest.mark.process
+def test_check_sees_that_nobody_opens_the_api(setup: Setup) -> None:
+    setup.configure(enable_setup_dynamic_config=False)
+    setup.start_traefik()
+    found = setup.check(fails=True)
+    assert levels(found) == {"api": "FAIL"}
+    assert "status 404: Traefik" in found["api"][1] or "404 to everything" in found["api"][1]
 
 
 @pytest.mark.process
@@ -2921,15 +2976,17 @@ async def test_check_knows_how_long_certificates_last(
     setup.options.update({"JupyterHub.ssl_cert": cert, "JupyterHub.ssl_key": key})
     setup.start_traefik()
     found = setup.check(fails=days < 0)
+    assert "that is none for 127.0.0.1: Traefik's log" in found["certificates"][1], "no hub yet"
+    await setup.hub(ssl_cert=cert).get_all_routes()
+    found = setup.check(fails=days < 0)
     assert levels(found) == ({} if level == "ok" else {"certificates": level})
     text = f"for hub.example, 127.0.0.1, {days} days left"
-    text += ": renew the certificate" * (level != "ok")
-    assert f"{cert}: {text}" == found["certificates"][1]
-    await setup.hub(ssl_cert=cert).get_all_routes()
+    renew = "; renew the certificate" * (level != "ok")
+    assert found["certificates"][1] == f"{cert}: {text}; 127.0.0.1: {text}{renew}"
     del setup.options["JupyterHub.ssl_cert"], setup.options["JupyterHub.ssl_key"]
     setup.configure(traefik_entrypoint="https")  # now it looks at what the front door shows
     found = setup.check(fails=days < 0)
-    assert f"127.0.0.1: {text}" == found["certificates"][1]
+    assert found["certificates"][1] == f"127.0.0.1: {text}{renew}"
 
 
 PROXY_CLASS = "c.JupyterHub.proxy_class = 'traefik_toml_proxy.TraefikTomlProxy'\n"
@@ -2958,7 +3015,13 @@ async def test_check_sees_that_lets_encrypt_has_given_nothing_yet(setup: Setup) 
         (None, "FileNotFoundError"),
         ("c = (", "SyntaxError"),
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("c.JupyterHub.port = 'x'", "SystemExit"),
+        ("c.JupyterHub.port = 'geheim'", "TraitError: The 'port' trait of a JupyterHub instance"),
+        ("import sys; sys.exit('bye')", "SystemExit"),
+        ("c = {}\nc['geheim']", "line 2, is of no use: KeyError"),
+        (
+            PROXY_CLASS + "c.TraefikTomlProxy.traefik_api_password = ['geheim']",
+            "expected a unicode",
+        ),
         ("", "JupyterHub.proxy_class is <class 'jupyterhub.proxy.ConfigurableHTTPProxy'>"),
         (
             PROXY_CLASS + "c.TraefikTomlProxy.should_start = False",
@@ -2967,7 +3030,7 @@ async def test_check_sees_that_lets_encrypt_has_given_nothing_yet(setup: Setup) 
         (
             PROXY_CLASS + "c.JupyterHub.internal_ssl = True\n"
             "c.JupyterHub.internal_certs_location = '/nowhere/certs'",
-            "No such file or directory: '/nowhere/certs'",
+            "No such file or directory: '/nowhere/certs/hub-ca_trust.crt'",
         ),
     ],
 )
@@ -2980,8 +3043,9 @@ def test_a_configuration_that_is_of_no_use(
     assert proxy.main([command]) == 1
     said = setup.capsys.readouterr()
     text = said.out if command == "check" else said.err
-    assert "jupyterhub_config.py is of no use: " in text
+    assert re.search(r"jupyterhub_config\.py(, line \d+,)? is of no use: ", text)
     assert words in text
+    assert "geheim" not in said.out + said.err
     assert "Traceback" not in said.out + said.err
     assert (said.out == "") == (command == "static-config"), "a program can rely on it"
 
@@ -3601,7 +3665,11 @@ def messages() -> dict[int, str]:
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 text = node.exc.args[0]
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                text = node.args[0] if node.func.attr in ("warning", "error") else None
+                told = (
+                    node.func.attr in ("warning", "error")
+                    or ast.unparse(node.func) == "doubts.append"
+                )
+                text = node.args[0] if told else None
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 kind = {"APIError": node.args[:1], "OSError": node.args[1:]}.get(node.func.id)
                 text = kind[0] if kind else None

@@ -23,8 +23,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import ctypes
 import dataclasses
 import datetime
+import errno
 import fcntl
 import getpass
 import glob
@@ -46,11 +48,12 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from http.client import HTTPException, HTTPResponse
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -300,7 +303,7 @@ def read_file(path: str, option: str) -> str:
     """Return the text of a file, "" if there is none. Raises ``OSError`` naming the option."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a FIFO may take forever
-        with open(handle, encoding="utf-8", errors="replace") as file:
+        with open(handle, encoding="utf-8-sig", errors="replace") as file:
             return file.read()
     except FileNotFoundError:
         return ""
@@ -309,22 +312,23 @@ def read_file(path: str, option: str) -> str:
 
 
 def replace_file(
-    path: str, text: str, option: str, keep_mode: bool, suffix: str = ".tmp"
+    path: str, text: str, option: str, keep_mode: bool, model: str = ""
 ) -> Signature | None:
     """Atomically replace a file, or create it with mode 0600; return the new signature.
 
-    With ``keep_mode`` an existing file keeps its mode and, where permitted, owner and group. Raises
-    ``OSError`` naming the option; the file is as it was then. No fsync: hubs write routes again.
+    With ``keep_mode`` it has the mode and, where permitted, owner and group that the file had, or
+    that a model has. Raises ``OSError`` naming the option; the file is as it was then. No fsync:
+    hubs write routes again.
     """
-    temporary = f"{path}{suffix}"  # no .toml: Traefik, watching the directory, must not load it
+    temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
     data = text.encode()
     try:
         with suppress(FileNotFoundError):  # left by a hub that died while writing
             os.unlink(temporary)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(temporary, flags, 0o600), "wb") as file:
-            if keep_mode and os.path.exists(path):
-                old = os.stat(path)
+            if keep_mode and os.path.exists(model or path):
+                old = os.stat(model or path)
                 for uid in (-1, old.st_uid):
                     with suppress(PermissionError):
                         os.fchown(file.fileno(), uid, old.st_gid)
@@ -338,6 +342,15 @@ def replace_file(
             os.unlink(temporary)
         raise file_error("write", path, option, error) from None
     return written
+
+
+def swap(one: str, other: str) -> None:
+    """Exchange two files in one step, by renameat2(2) of Linux. Raises ``OSError``."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", lambda *_: 1)
+    here, both_ways = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if exchange(here, os.fsencode(one), here, os.fsencode(other), both_ways):
+        number = ctypes.get_errno() or errno.ENOSYS
+        raise OSError(number, f"cannot swap {one} and {other}: {os.strerror(number)}")
 
 
 def find_file(path: str, usual: bool) -> str:
@@ -482,8 +495,11 @@ TRAEFIK_1 = {
     r"api\.entryPoint": "a router of the API, which the hub writes (traefik_api_entrypoint)",
     r"entryPoints\.[^.\n]+\.auth(?:\.\w+)?": "a basicAuth middleware, which the hub writes",
     r"entryPoints\.[^.\n]+\.redirect": "http.redirections in the same table",
+    r"entryPoints\.[^.\n]+\.tls": "http.tls in the same table",
     r"wss": "nothing, websockets need no configuration",
     r"file": "[providers.file]",
+    r"docker|kubernetes|rest": "a table in [providers]",
+    r"backends|frontends": "services and routers, which the hub writes",
     r"web": "[api] and [entryPoints.auth_api]",
     r"acme": "[certificatesResolvers.letsencrypt.acme]",
     r"debug|logLevel|traefikLog": "[log]",
@@ -1401,39 +1417,79 @@ def load_proxy(config_file: str) -> TraefikTomlProxy:
     """Make the proxy as JupyterHub would, starting nothing. Raises ``RuntimeError``."""
     from jupyterhub.app import JupyterHub
 
-    app = JupyterHub()
+    path, app = os.path.abspath(config_file), JupyterHub()
     app.raise_config_file_errors = True
+    logging.disable()  # it would log values that do not fit, such as a password
     try:
-        open(config_file).close()
-        app.load_config_file(os.path.abspath(config_file))
-        app.log_level, app.recreate_internal_certs = "CRITICAL", False
-        if app.internal_ssl:
-            os.listdir(app.internal_certs_location)  # made by the hub, for nobody else to read
-            app.init_internal_ssl()
-        app.init_hub()
-        app.init_proxy()
-        proxy: TraefikTomlProxy = app.proxy
-        if not hasattr(proxy, "_find_files"):
-            raise TypeError(f"JupyterHub.proxy_class is {type(proxy)}, not this TraefikTomlProxy")
-        proxy._find_files()
-        proxy._check_options()
-    except (Exception, SystemExit) as error:
-        text = f"{config_file} is of no use: {type(error).__name__}: {error}"
-        raise RuntimeError(text) from None
+        with redirect_stdout(sys.stderr):
+            open(path).close()
+            app.load_config_file(path)
+            app.log_level, place = "CRITICAL", app.internal_certs_location
+            for name in ("proxy-api", "proxy-client"):  # init_internal_ssl would write files
+                stem = f"{place}/{name}/{name}"
+                app.internal_proxy_certs[name] = {
+                    "certfile": f"{stem}.crt",
+                    "keyfile": f"{stem}.key",
+                }
+            app.internal_trust_bundles = {"proxy-client-ca": f"{place}/proxy-client-ca_trust.crt"}
+            app.internal_ssl_ca = f"{place}/hub-ca_trust.crt"
+            if app.internal_ssl:
+                os.stat(app.internal_ssl_ca)
+            app.init_hub()
+            app.init_proxy()
+            proxy: TraefikTomlProxy = app.proxy
+            if not hasattr(proxy, "_find_files"):
+                text = f"JupyterHub.proxy_class is {type(proxy)}, not this TraefikTomlProxy"
+                raise TypeError(text)
+            proxy._find_files()
+            proxy._check_options()
+    except (Exception, SystemExit) as problem:
+        error = problem.__context__ if isinstance(problem, SystemExit) else None
+        error = error or problem
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f", line {frame.lineno}," for frame in frames if frame.filename == path]
+        text = type(error).__name__
+        if isinstance(error, (ImportError, OSError, SyntaxError)) or not lines:
+            # What others say may quote a secret, and so may what traitlets says after this.
+            text += f": {re.split(', not the |, but a value', str(error))[0]}"
+        where = f"{config_file}{''.join(lines[-1:])}"
+        raise RuntimeError(f"{where} is of no use: {text}") from None
+    finally:
+        logging.disable(logging.NOTSET)
     return proxy
 
 
 def check_traefik(proxy: TraefikTomlProxy) -> Finding:
     """Find the program that the hub starts, or the version that somebody else has started."""
-    with suppress(APIError):
-        said = str(proxy._api.get("/api/version", 5).get("Version"))
-        proxy._version = parse_version(said, proxy._api.url)
-        return "ok", f"Traefik {said} runs"
+    where = ""
     try:
-        command, proxy._version = find_traefik(proxy.command)
-    except RuntimeError as error:
-        return "FAIL" if proxy.should_start else "warn", f"no version is known: {error}"
-    return "ok", f"{command[0]} is Traefik {'.'.join(map(str, proxy._version))}"
+        said = proxy._api.get("/api/version", 5).get("Version")
+        proxy._version = parse_version(str(said), proxy._api.url)
+    except APIError:
+        try:
+            (where, *_), proxy._version = find_traefik(proxy.command)
+        except RuntimeError as error:
+            return "FAIL" if proxy.should_start else "warn", f"no version is known: {error}"
+    version = ".".join(map(str, proxy._version))
+    return "ok", f"{where} is Traefik {version}" if where else f"Traefik {version} runs"
+
+
+def differences(proxy: TraefikTomlProxy, path: str, found: Table) -> list[str]:
+    """Name what the static file at a path should have, and what it has instead."""
+
+    def plain(value: Any) -> str:
+        text = str(value).lower().replace("localhost:", "127.0.0.1:")
+        return re.sub(r"^(0\.0\.0\.0|\[::\])(?=:)|/tcp$|(?<=\d)s$", "", text)
+
+    differ = []
+    for key, value in flatten(tomli.loads(proxy._static_config(path))).items():
+        has = found.get(key.lower(), "nothing")
+        if value == {} and any(name.startswith(f"{key.lower()}.") for name in found):
+            has = value
+        # Other tables may hold secrets.
+        if re.match(r"entryPoints|providers\.(p|file\.w)", key) and plain(has) != plain(value):
+            differ.append(f"{key} = {json.dumps(value)}, but {has}")
+    return differ
 
 
 def check_static(proxy: TraefikTomlProxy) -> Finding:
@@ -1443,37 +1499,34 @@ def check_static(proxy: TraefikTomlProxy) -> Finding:
         if proxy.should_start:
             return "ok", f"{path} is written when the hub starts"
         return "warn", f"no {path}: set {STATIC} to Traefik's own, to have it checked"
-
-    def plain(key: str, value: Any) -> tuple[str, str]:
-        text = str(value).replace("localhost:", "127.0.0.1:")
-        return key.lower(), re.sub(r"^(0\.0\.0\.0|\[::\])(?=:)|(?<=\d)s$", "", text)
-
-    wanted = flatten(tomli.loads(proxy._static_config(path)))
-    found = {"providers.file.watch": True, **flatten(proxy._read_static(path))}
-    found = dict(plain(key, value) for key, value in found.items())
-    names = "\n".join(found)
-
-    def has(key: str) -> bool:
-        return bool(re.search(rf"(?mi)^{re.escape(key)}(\.|$)", names))
-
-    faults = [] if has("api") else ["[api]"]
-    for option in ("traefik_entrypoint", "traefik_api_entrypoint"):
-        if not has(f"entryPoints.{getattr(proxy, option)}.address"):
-            faults.append(f"[entryPoints.{getattr(proxy, option)}] with an address ({option})")
-    reads = found.get("providers.file.filename", "")
+    config = proxy._read_static(path)
+    tables = {key.lower(): value for key, value in config.items()}
+    found = {key.lower(): value for key, value in flatten(config).items()}
+    found.setdefault("providers.file.watch", True)
+    options = ["traefik_entrypoint", "traefik_api_entrypoint"]
+    if not (proxy.should_start or proxy.enable_setup_dynamic_config):
+        del options[1]  # the API is somebody else's, too
+    names = {option: getattr(proxy, option) for option in options}
+    faults = [
+        f"[entryPoints.{name}] ({option})"
+        for option, name in names.items()
+        if name not in tables.get("entrypoints", {})
+        or f"entrypoints.{name.lower()}.address" not in found
+    ]
+    faults += ["[api]"] * ("api" not in tables)
+    resolver = bool(proxy.letsencrypt_domains) and "certificatesresolvers" not in tables
+    faults += ["[certificatesResolvers]"] * resolver
+    reads = str(found.get("providers.file.filename", ""))
     if "providers.file.directory" in found:
         reads = os.path.join(found["providers.file.directory"], os.path.basename(proxy._file))
-    if os.path.realpath(os.path.join(os.path.dirname(path), reads)) != proxy._file:
-        faults.append(f"[providers.file] of {proxy._file} ({RULES}), but {reads or 'none'}")
+    provider = f"[providers.file] of {proxy._file} ({RULES}), but {reads or 'none'}"
+    wrong = os.path.realpath(os.path.join(os.path.dirname(path), reads)) != proxy._file
+    relative = bool(reads) and not os.path.isabs(reads)  # to where Traefik was started
+    faults += [provider] * (wrong and not relative)
     if faults:
         return "FAIL", f"{path} has no {', no '.join(faults)}: `static-config` prints a whole one"
-    odd = [
-        f"{key} = {value}"
-        for key, value in wanted.items()
-        if re.match(r"entryPoints|certificatesResolvers|providers\.(p|file\.w)", key)
-        and not (has(key) if value == {} else plain(key, value) in found.items())
-    ]
-    return ("warn", f"{path} is without {', '.join(odd)}") if odd else ("ok", f"{path} fits")
+    odd = [provider] * wrong + differences(proxy, path, found)
+    return ("warn", f"{path} is without {'; '.join(odd)}") if odd else ("ok", f"{path} fits")
 
 
 def check_dynamic(proxy: TraefikTomlProxy) -> Finding:
@@ -1515,7 +1568,8 @@ def check_api(proxy: TraefikTomlProxy) -> Finding:
             return "warn", f"nothing listens at {api.url}: the hub does not run"
         if proxy.should_start and error.status == 401 and not given:
             return "ok", f"{api.url} asks for a password, one that the hub made up"
-        if error.status == 404 and END not in read_file(proxy._file, RULES):
+        soon = proxy.enable_setup_dynamic_config and END not in read_file(proxy._file, RULES)
+        if error.status == 404 and soon:
             return "ok", f"{api.url} answers nothing before the hub has started once"
         return "FAIL", proxy._diagnose(error)
     try:
@@ -1530,10 +1584,14 @@ def check_change(proxy: TraefikTomlProxy) -> Finding:
     """Put a router into the dynamic file, wait for it, and put the very same file back.
 
     The router lets the check into the API, whatever the password. It is among the hub's own lines,
-    so that a hub that writes meanwhile drops it; then it is put there once more.
+    so that a hub that writes meanwhile drops it. Files are swapped, so that nothing that the hub
+    writes in any moment is lost; signals have to wait.
     """
     name = f"jupyterhub-check-{secrets.token_hex(8)}"
-    api, path, saved = proxy._client(secrets.token_urlsafe()), proxy._file, f"{proxy._file}.{name}"
+    path, other = proxy._file, f"{proxy._file}.{name}"
+    if not os.path.exists(path):
+        return "warn", f"not tried, because {path} is missing"
+    api, place = proxy._client(secrets.token_urlsafe()), os.open(os.path.dirname(path), os.O_RDONLY)
     router = f"""
 [http.routers.{name}]
 rule = "PathPrefix(`/api`) && Header(`Authorization`, `{api.authorization}`)"
@@ -1544,67 +1602,81 @@ service = "api@internal"
 """
 
     def put() -> Signature | None:
-        with suppress(FileNotFoundError):  # there may be no file, before and now
-            os.unlink(saved)
-        with suppress(FileNotFoundError):
-            os.link(path, saved)
-        begin, end, rest = read_file(saved, RULES).partition(f"{END}\n")
+        """Return the signature of the new file, None if the hub was quicker."""
+        seen = signature(path)
+        begin, end, rest = read_file(path, RULES).partition(f"{END}\n")
         begin += "" if end else f"\n{WRITTEN_BY}\n"
-        suffix = f".{name}.tmp"
-        return replace_file(path, begin + router + rest, RULES, keep_mode=True, suffix=suffix)
+        new = replace_file(other, begin + router + rest, RULES, keep_mode=True, model=path)
+        swap(other, path)
+        if signature(other) == seen:
+            return new
+        swap(other, path)
+        return None
 
+    signals = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     problem, elapsed, began = APIError("not asked"), 0.0, time.monotonic()
-    turn = os.open(os.path.dirname(path), os.O_RDONLY)
-    fcntl.flock(turn, fcntl.LOCK_EX)  # one check at a time
-    written = None
+    new: Signature | None = None
     try:
-        while elapsed < proxy.check_route_timeout:
-            written = written if written and written == signature(path) else put()
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one check at a time
+        while elapsed < proxy.check_route_timeout and not signal.sigpending() & signals:
+            if not new or signature(path) != new:
+                time.sleep(0.3 if new else 0)  # for the hub has something to do
+                new = put()
             time.sleep(min(elapsed / 10 + 0.001, 0.05))
             elapsed = time.monotonic() - began
             try:
-                version = api.get("/api/version", 5).get("Version")
-                return "ok", f"Traefik {version} has read a change of {path} after {elapsed:.3f} s"
+                if name in str(api.get(f"/api/http/routers/{name}@file", 1).get("name")):
+                    return "ok", f"a change of {path} has reached Traefik after {elapsed:.3f} s"
             except APIError as error:
                 problem = error
-            if not problem.status:  # check_api has told
+            if not problem.status and elapsed < 1:  # check_api has told
                 return "warn", f"not tried, because {problem}"
+    except OSError as error:
+        return "warn", f"not tried, because another check runs or {path} cannot be swapped: {error}"
     finally:
-        if written and written == signature(path):  # else the hub has written
-            os.replace(saved, path) if os.path.exists(saved) else os.unlink(path)
         with suppress(FileNotFoundError):
-            os.unlink(saved)
-        os.close(turn)
+            if new:
+                swap(other, path)
+                if signature(other) != new:  # what the hub has written meanwhile
+                    swap(other, path)
+            os.unlink(other)
+        os.close(place)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     late = f"Traefik has not read a change of {path} after {elapsed:.0f} s (check_route_timeout)"
     return "FAIL", f"{late}: {proxy._diagnose(problem)}"
 
 
 def check_certificates(proxy: TraefikTomlProxy) -> Finding:
-    """Look at the certificates: those in the hub's file, or those that the front door shows."""
+    """Look at the certificates: that in the hub's file, and those that the front door shows."""
     address, _ = split_address("JupyterHub.bind_url", proxy.public_url)
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or "localhost"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # any is looked at
-    facts: dict[str, tuple[str, int]] = {}
+    shown, doubts, least = [], [], 99
     if proxy.ssl_cert:
         with open(proxy._check_certificate()[0], "rb") as file:
-            facts[file.name] = certificate_facts(file.read())
-    for name in (proxy.letsencrypt_domains or [host]) if proxy._https and not facts else ():
+            names, least = certificate_facts(file.read())
+        shown.append(f"{file.name}: for {names}, {least} days left")
+    for name in (proxy.letsencrypt_domains or [host]) if proxy._https else ():
         try:
             plain = socket.create_connection((host, int(port)), 5)
             with plain, context.wrap_socket(plain, server_hostname=name) as connection:
                 names, days = certificate_facts(connection.getpeercert(True) or b"")
         except OSError as error:
-            return "warn", f"{address} shows no certificate for {name}: {error}"
-        if proxy.letsencrypt_domains and name not in names.split(", "):
-            return "warn", f"there is none for {name} yet, but {names}: Traefik's log tells why"
-        facts[name] = names, days
-    least = min([days for _, days in facts.values()], default=99)
-    text = "; ".join(f"{at}: for {names}, {days} days left" for at, (names, days) in facts.items())
+            doubts.append(f"{address} shows no certificate for {name}: {error}")
+            continue
+        least = min(least, days)
+        shown.append(f"{name}: for {names}, {days} days left")
+        known = {name.lower(), f"*.{name.lower().partition('.')[2]}"} & set(names.split(", "))
+        stand_in = re.search(r"\.traefik\.default|placeholder\.invalid", names)
+        if stand_in or (proxy.letsencrypt_domains and not known):
+            doubts.append(f"that is none for {name}: Traefik's log tells why")
     if least < 14:
-        return "FAIL" if least < 0 else "warn", f"{text}: renew the certificate"
-    return "ok", text or "plain HTTP needs none"
+        doubts.append("renew the certificate")
+    level = "FAIL" if least < 0 else "warn" if doubts else "ok"
+    return level, "; ".join(shown + doubts) or "plain HTTP needs none"
 
 
 CHECKS = (check_traefik, check_static, check_dynamic, check_api, check_change, check_certificates)
@@ -1622,9 +1694,9 @@ def findings(config_file: str) -> Iterator[tuple[str, str, str]]:
     for look in CHECKS:
         try:
             level, text = look(proxy)
-        except (AttributeError, ImportError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
             level, text = "FAIL", str(error)
-        yield look.__name__.removeprefix("check_"), level, " ".join(text.split())
+        yield look.__name__.removeprefix("check_"), level, text
 
 
 def check(arguments: argparse.Namespace) -> bool:
@@ -1633,6 +1705,7 @@ def check(arguments: argparse.Namespace) -> bool:
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
     seen = []
     for name, level, text in findings(arguments.file):
+        text = "".join(char if char.isprintable() else " " for char in text)
         seen.append({"check": name, "level": level, "text": text})
         if not arguments.json:
             shown = f"{level:4}" if plain else f"{colours[level]}{level:4}\033[0m"
@@ -1663,8 +1736,8 @@ def password(arguments: argparse.Namespace) -> bool:
             raise ValueError("these were two passwords")
     else:
         secret = sys.stdin.readline().rstrip("\r\n")
-    if not secret:
-        raise ValueError("an empty password is none")
+    if not secret or not secret.isprintable():
+        raise ValueError("an empty password is none, nor is one with control characters")
     print(f"{arguments.user}:{apr1_hash(secret)}")
     for option, value in (("username", arguments.user), ("password", secret)):
         print(f"c.TraefikTomlProxy.traefik_api_{option} = {json.dumps(value, ensure_ascii=False)}")
@@ -1694,11 +1767,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if work is check:
             command.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without putting the file back
     try:
         return 0 if arguments.work(arguments) else 1
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+    except (EOFError, KeyboardInterrupt, OSError, RuntimeError, ValueError) as error:
+        print(f"{parser.prog}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 1
 
 
