@@ -2505,6 +2505,12 @@ c.Proxy.extra_routes = {{"/impostor/": "https://127.0.0.1:{impostor.server_port}
     ):
         names = str(secure.getpeercert())
     assert "proxy-api" in names
+    trust = hub.directory / "internal" / "hub-ca_trust.crt"
+    before = trust.stat()
+    command = [sys.executable, "-m", "traefik_toml_proxy", "check", "--json"]
+    found = json.loads(subprocess.check_output(command, cwd=hub.directory))
+    assert [item for item in found if item["level"] != "ok"] == []
+    assert trust.stat() == before, "the hub's own files are not written anew"
     assert hub.kill_server("alice")
     response = hub.request(f"{base}lab", **BROWSER)
     assert response.status == 503
@@ -2638,6 +2644,20 @@ async def test_check_finds_nothing_wrong_with_the_static_config_that_is_printed(
     assert found["api"][1].endswith("takes the hub's credentials and refuses others")
     assert "2 routes of the hub" in found["dynamic"][1]
     assert who(setup.port, "/user/a/x") == "a"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("version", OLD_VERSIONS)
+def test_older_releases_take_the_static_config_and_pass_the_check(
+    setup: Setup, version: str
+) -> None:
+    setup.configure(command=traefik_binary(version))
+    setup.static.write_text(setup.run("static-config"))
+    setup.factory.start_traefik(str(setup.static), traefik_binary(version))
+    wait_until(lambda: proxy.port_holder(setup.api_port))
+    found = setup.check()
+    assert levels(found) == {}
+    assert f"is Traefik {version}" in found["traefik"][1]
 
 
 @pytest.mark.process

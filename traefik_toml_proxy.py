@@ -353,6 +353,24 @@ def swap(one: str, other: str) -> None:
         raise OSError(number, f"cannot swap {one} and {other}: {os.strerror(number)}")
 
 
+def place_file(one: str, path: str, expected: Signature | None) -> bool:
+    """Swap a file into a path if the expected file is there, and return whether it was.
+
+    Whoever writes in between has the last word: what he wrote stays, or goes back. Raises
+    ``OSError``.
+    """
+    inside = signature(one)
+    swap(one, path)
+    newest = signature(one)
+    if newest == expected:
+        return True
+    while True:
+        swap(one, path)
+        if signature(one) == inside:
+            return False
+        inside, newest = newest, signature(one)
+
+
 def find_file(path: str, usual: bool) -> str:
     """Return where a file is: with ``usual``, a mere name stands for Traefik's usual places."""
     places = [f"/etc/traefik/{path}", os.path.expanduser(f"~/.traefik/{path}")]
@@ -1580,6 +1598,18 @@ def check_api(proxy: TraefikTomlProxy) -> Finding:
     return "warn", f"{api.url} answers without a password: whoever reaches it can read all routes"
 
 
+def put_router(router: str, path: str, other: str) -> Signature | None:
+    """Put a router into a dynamic file, by way of another one, where the old one is afterwards.
+
+    Return the signature of the new file; None if the hub was quicker.
+    """
+    seen = signature(path)
+    begin, end, rest = read_file(path, RULES).partition(f"{END}\n")
+    begin += "" if end else f"\n{WRITTEN_BY}\n"
+    new = replace_file(other, begin + router + rest, RULES, keep_mode=True, model=path)
+    return new if place_file(other, path, seen) else None
+
+
 def check_change(proxy: TraefikTomlProxy) -> Finding:
     """Put a router into the dynamic file, wait for it, and put the very same file back.
 
@@ -1601,18 +1631,6 @@ service = "api@internal"
 {END}
 """
 
-    def put() -> Signature | None:
-        """Return the signature of the new file, None if the hub was quicker."""
-        seen = signature(path)
-        begin, end, rest = read_file(path, RULES).partition(f"{END}\n")
-        begin += "" if end else f"\n{WRITTEN_BY}\n"
-        new = replace_file(other, begin + router + rest, RULES, keep_mode=True, model=path)
-        swap(other, path)
-        if signature(other) == seen:
-            return new
-        swap(other, path)
-        return None
-
     signals = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     problem, elapsed, began = APIError("not asked"), 0.0, time.monotonic()
@@ -1622,7 +1640,7 @@ service = "api@internal"
         while elapsed < proxy.check_route_timeout and not signal.sigpending() & signals:
             if not new or signature(path) != new:
                 time.sleep(0.3 if new else 0)  # for the hub has something to do
-                new = put()
+                new = put_router(router, path, other)
             time.sleep(min(elapsed / 10 + 0.001, 0.05))
             elapsed = time.monotonic() - began
             try:
@@ -1637,9 +1655,7 @@ service = "api@internal"
     finally:
         with suppress(FileNotFoundError):
             if new:
-                swap(other, path)
-                if signature(other) != new:  # what the hub has written meanwhile
-                    swap(other, path)
+                place_file(other, path, new)
             os.unlink(other)
         os.close(place)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
