@@ -1416,9 +1416,7 @@ service = "noop@internal"
             if problem.status == 404:
                 providers = self._api.get("/api/overview", 1).get("providers") or []
                 reads = "has not read this file" if "File" in providers else "has no file provider"
-                advice = (
-                    f": Traefik {reads}: {setting}; mount directories, not files; or see its log"
-                )
+                advice = f": Traefik {reads}: {setting}; mount no single file; or see its log"
         return f"{problem}{advice}"
 
 
@@ -1442,28 +1440,26 @@ def load_proxy(config_file: str) -> TraefikTomlProxy:
         with redirect_stdout(sys.stderr):
             open(path).close()
             app.load_config_file(path)
-            app.log_level, place = "CRITICAL", app.internal_certs_location
-            for name in ("proxy-api", "proxy-client"):  # init_internal_ssl would write files
-                stem = f"{place}/{name}/{name}"
-                app.internal_proxy_certs[name] = {
-                    "certfile": f"{stem}.crt",
-                    "keyfile": f"{stem}.key",
-                }
-            app.internal_trust_bundles = {"proxy-client-ca": f"{place}/proxy-client-ca_trust.crt"}
-            app.internal_ssl_ca = f"{place}/hub-ca_trust.crt"
-            if app.internal_ssl:
+            app.log_level = "CRITICAL"
+            if app.internal_ssl:  # what init_internal_ssl knows; that writes files
+                place = app.internal_certs_location
+                app.internal_ssl_ca = f"{place}/hub-ca_trust.crt"
+                app.internal_trust_bundles["proxy-client-ca"] = f"{place}/proxy-client-ca_trust.crt"
+                for name in ("proxy-api", "proxy-client"):
+                    pair = {"certfile": f"{place}/{name}/{name}.crt"}
+                    pair["keyfile"] = f"{place}/{name}/{name}.key"
+                    app.internal_proxy_certs[name] = pair
                 os.stat(app.internal_ssl_ca)
             app.init_hub()
             app.init_proxy()
             proxy: TraefikTomlProxy = app.proxy
             if not hasattr(proxy, "_find_files"):
-                text = f"JupyterHub.proxy_class is {type(proxy)}, not this TraefikTomlProxy"
-                raise TypeError(text)
+                kind = type(proxy)
+                raise TypeError(f"JupyterHub.proxy_class is {kind}, not this TraefikTomlProxy")
             proxy._find_files()
             proxy._check_options()
     except (Exception, SystemExit) as problem:
-        error = problem.__context__ if isinstance(problem, SystemExit) else None
-        error = error or problem
+        error = (isinstance(problem, SystemExit) and problem.__context__) or problem
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f", line {frame.lineno}," for frame in frames if frame.filename == path]
         text = type(error).__name__
@@ -1630,7 +1626,6 @@ entryPoints = [{toml_string(proxy.traefik_api_entrypoint)}]
 service = "api@internal"
 {END}
 """
-
     signals = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     problem, elapsed, began = APIError("not asked"), 0.0, time.monotonic()
