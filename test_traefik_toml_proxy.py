@@ -1277,6 +1277,8 @@ async def test_a_wrapper_is_stopped_with_its_traefik(
     await made.add_route("/", backends("hub"), {})
     assert who(port_of(made), "/") == "hub"
     await made.stop()
+    # The shell, which the hub has started, may end some milliseconds before Traefik does.
+    await asyncio.to_thread(wait_until, lambda: not proxy.port_holder(port_of(made)))
     with pytest.raises(OSError, match="refused"):
         fetch(port_of(made), "/")
 
