@@ -2923,7 +2923,13 @@ async def test_check_says_what_is_wrong_with_the_api(setup: Setup, backends: Bac
         assert f"{url} answers, but not as Traefik's API does" in found["api"][1]
         setup.configure(should_start=True)
         text = setup.check(fails=True)["api"][1]
-        assert re.search(r"its port \(traefik_api_url\) is held by pid \d+", text)
+        assert re.search("the port of traefik_api_url is held by pid \\d+", text)
+        setup.configure(traefik_api_url=f"http://127.0.0.1:{setup.api_port}")
+        setup.options["JupyterHub.bind_url"] = url
+        setup.configure()
+        text = setup.check(fails=True)["api"][1]
+        assert re.search("the port of JupyterHub.bind_url is held by pid \\d+", text)
+        setup.options["JupyterHub.bind_url"] = f"http://127.0.0.1:{setup.port}"
     setup.configure(
         traefik_api_url=f"http://127.0.0.1:{setup.api_port}",
         should_start=False,
@@ -2998,7 +3004,7 @@ async def test_check_knows_how_long_certificates_last(
     setup.options.update({"JupyterHub.ssl_cert": cert, "JupyterHub.ssl_key": key})
     setup.start_traefik()
     found = setup.check(fails=days < 0)
-    assert "that is none for 127.0.0.1: Traefik's log" in found["certificates"][1], "no hub yet"
+    assert "that is none for 127.0.0.1: Traefik has" in found["certificates"][1], "no hub yet"
     await setup.hub(ssl_cert=cert).get_all_routes()
     found = setup.check(fails=days < 0)
     assert levels(found) == ({} if level == "ok" else {"certificates": level})
@@ -3805,6 +3811,9 @@ url = "{backends("admins")}"
         (state / "traefik.toml").write_text(tomli_w.dumps(proxy.merge(static, extra)))
         (rules / "rules.toml").touch(mode=0o600)
         command = [traefik_binary(version), "-c", str(state / "traefik.toml")]
+        if os.path.exists("/etc/traefik"):  # there Traefik would look first, for it knows no -c
+            hide = 'mount -t tmpfs tmpfs /etc/traefik && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", hide, "sh", *command]
         make_proxy.processes.append(subprocess.Popen(command, cwd=state))
 
     config = f"""

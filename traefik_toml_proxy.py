@@ -1405,18 +1405,20 @@ service = "noop@internal"
         if self._process:
             return f"{problem}. {self._process.last_words()}"
         setting = f"set [providers.file] filename = {toml_string(self._file)} in its static file"
+        setting += "; or its log tells why: it may not read it, or it was missing at its start"
         advice = {
             0: ": start Traefik, or set traefik_api_url to where its API listens",
             200: ": it cannot read this one (see its log), or does not see changes: set watch = "
             "true; mount directories, not files; without inotify events send it SIGHUP",
-            401: ": set traefik_api_username and traefik_api_password to those Traefik was given",
+            401: ": set traefik_api_username and traefik_api_password to those Traefik was given, "
+            "or restart the hub, which gives it new ones",
             404: f" to everything: it is no API of Traefik, or has not read this file: {setting}",
         }.get(problem.status, "")
         with suppress(APIError, TypeError):
             if problem.status == 404:
                 providers = self._api.get("/api/overview", 1).get("providers") or []
                 reads = "has not read this file" if "File" in providers else "has no file provider"
-                advice = f": Traefik {reads}: {setting}; mount no single file; or see its log"
+                advice = f": Traefik {reads}: {setting}; mount directories, not files"
         return f"{problem}{advice}"
 
 
@@ -1548,7 +1550,7 @@ def check_dynamic(proxy: TraefikTomlProxy) -> Finding:
     path, user = proxy._file, f"user {os.geteuid()}"
     text = read_file(path, RULES)
     if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
-        advice = "run this as the hub's user, or let that write there"
+        advice = "make it, let the hub's user write there, or run this as that user"
         return "FAIL", f"{user} cannot write into the directory of {path} ({RULES}): {advice}"
     if not os.path.exists(path):
         if proxy.should_start:
@@ -1577,13 +1579,15 @@ def check_api(proxy: TraefikTomlProxy) -> Finding:
         api.get("/api/version", 5)
     except APIError as error:
         if proxy.should_start and not error.status:
-            if holder := port_holder(urlsplit(api.url).port or 0):
-                return "FAIL", f"{error}; its port (traefik_api_url) is held by {holder}"
+            urls = {"traefik_api_url": api.url, "JupyterHub.bind_url": proxy.public_url}
+            for option, url in urls.items():
+                if holder := port_holder(urlsplit(url).port or 0):
+                    return "FAIL", f"{error}; the port of {option} is held by {holder}"
             return "warn", f"nothing listens at {api.url}: the hub does not run"
         if proxy.should_start and error.status == 401 and not given:
             return "ok", f"{api.url} asks for a password, one that the hub made up"
-        soon = proxy.enable_setup_dynamic_config and END not in read_file(proxy._file, RULES)
-        if error.status == 404 and soon:
+        hub_opens_it = proxy.enable_setup_dynamic_config and not proxy.should_start
+        if error.status == 404 and hub_opens_it and END not in read_file(proxy._file, RULES):
             return "ok", f"{api.url} answers nothing before the hub has started once"
         return "FAIL", proxy._diagnose(error)
     try:
@@ -1683,7 +1687,7 @@ def check_certificates(proxy: TraefikTomlProxy) -> Finding:
         known = {name.lower(), f"*.{name.lower().partition('.')[2]}"} & set(names.split(", "))
         stand_in = re.search(r"\.traefik\.default|placeholder\.invalid", names)
         if stand_in or (proxy.letsencrypt_domains and not known):
-            doubts.append(f"that is none for {name}: Traefik's log tells why")
+            doubts.append(f"that is none for {name}: Traefik has read no other, see its log")
     if least < 14:
         doubts.append("renew the certificate")
     level = "FAIL" if least < 0 else "warn" if doubts else "ok"
