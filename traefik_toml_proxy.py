@@ -16,6 +16,7 @@ file is in force. The rooms of this module, in reading order, and what each may 
 - Traefik API: GET one answer, JSON or metrics. The network.
 - Traefik process: find, start, adopt, watch and stop the program. Processes, the pid file.
 - the proxy: options, the two configurations, JupyterHub's methods. The rooms above.
+- command line: check a set-up, print a static configuration or credentials. The rooms above.
 """
 
 from __future__ import annotations
@@ -457,7 +458,7 @@ class TraefikAPI:
     def __init__(self, url: str, user: str, password: str, check: bool, ca: str = "") -> None:
         self.url = url.rstrip("/")
         token = base64.b64encode(f"{user}:{password}".encode()).decode()
-        self.authorization = f"Basic {token}" if password else ""
+        self.headers = {"Authorization": f"Basic {token}"} if password else {}
         context = ssl.create_default_context(cafile=ca or None) if url[:6] == "https:" else None
         if context and not check:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -466,8 +467,7 @@ class TraefikAPI:
 
     def read(self, path: str, timeout: float, use: Callable[[HTTPResponse], Result]) -> Result:
         """Return what a function makes of the answer at a path, in as many seconds at most."""
-        headers = {"Authorization": self.authorization} if self.authorization else {}
-        request = urllib.request.Request(self.url + path, headers=headers)  # noqa: S310
+        request = urllib.request.Request(self.url + path, headers=self.headers)  # noqa: S310
         try:
             with self._opener.open(request, timeout=timeout) as response:
                 if response.status != 200:
@@ -1624,7 +1624,7 @@ def check_change(proxy: TraefikTomlProxy) -> Finding:
     api, place = proxy._client(secrets.token_urlsafe()), os.open(os.path.dirname(path), os.O_RDONLY)
     router = f"""
 [http.routers.{name}]
-rule = "PathPrefix(`/api`) && Header(`Authorization`, `{api.authorization}`)"
+rule = "PathPrefix(`/api`) && Header(`Authorization`, `{api.headers["Authorization"]}`)"
 priority = 1000000
 entryPoints = [{toml_string(proxy.traefik_api_entrypoint)}]
 service = "api@internal"
