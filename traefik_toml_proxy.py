@@ -51,12 +51,13 @@ import threading
 import time
 import traceback
 import urllib.request
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from http.client import HTTPException, HTTPResponse
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import tomli
@@ -152,8 +153,15 @@ def certificate_facts(data: bytes) -> tuple[str, int]:
 
 # Routes: names are data, never code ---------------------------------------------------------------
 
-Route = str  # a comment with what JupyterHub wants back, then the TOML tables for Traefik
-ROUTE = "#route "  # [routespec, target, data] as JSON follows
+ROUTE = "#route "  # begins a comment; [routespec, target, data] as JSON follows
+
+
+class Route(NamedTuple):
+    """A route as it is in the file, but for the line that says where its router belongs."""
+
+    line: str  # what JupyterHub wants back: [routespec, target, data] as JSON
+    tables: str  # TOML for Traefik; the router's is the last one
+    key: str  # its place in the order of the tree
 
 
 def no_template(text: str) -> str:
@@ -191,6 +199,20 @@ RESERVED = frozenset("!#$%&'()*+,/:;=?@[]")
 HOST = r"[\w.-]+|\[[\w:.%]+\]"  # a name, an IPv4 address, or an IPv6 address in brackets
 
 
+def path_pattern(path: str, partly_encoded: bool) -> str:
+    """Return the regular expression of a decoded path, in all spellings. See RESERVED."""
+
+    def pattern(found: re.Match[str]) -> str:
+        char = found[0]
+        literal = char if char == "/" else f"\\x{{{ord(char):x}}}"
+        if not partly_encoded or char not in RESERVED:
+            return literal
+        code = f"%{ord(char):02X}"
+        return code if char == "%" else f"(?:{literal}|{code})"
+
+    return re.sub(r"[^A-Za-z0-9_~-]", pattern, path)
+
+
 def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
     """Return the rule of a route, and its priority where it needs one of its own.
 
@@ -209,21 +231,13 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
     if not re.fullmatch(r"[A-Za-z0-9._-]*", host):
         raise ValueError(f"the host of routespec {routespec!r} is not a host name")
 
-    def pattern(found: re.Match[str]) -> str:
-        char = found[0]
-        literal = char if char == "/" else f"\\x{{{ord(char):x}}}"
-        if not partly_encoded or char not in RESERVED:
-            return literal
-        code = f"%{ord(char):02X}"
-        return code if char == "%" else f"(?:{literal}|{code})"
-
     prefix = f"Host(`{host}`) && " if host else ""
     if not path:
         return f"{prefix}PathPrefix(`/`)", None
     end = "(?:/|%2F|$)" if partly_encoded else "(?:/|$)"
     if path.endswith("/"):  # A server called "a/" must not take the URL of the server "a".
         path, end = path[:-1], f"%2F{end}" if partly_encoded else "(?:/)(?:/)"
-    body = re.sub(r"[^A-Za-z0-9_~-]", pattern, path)
+    body = path_pattern(path, partly_encoded)
     priority = None if "/" in path else len(f"{prefix}PathPrefix(`/{path}/`)")
     return f"{prefix}PathRegexp(`^/{body}{end}`)", priority
 
@@ -247,35 +261,148 @@ def split_address(option: str, url: str) -> tuple[str, bool]:
 
 
 def make_route(
-    routespec: str, target: str, data: str, place: str, transport: str, partly_encoded: bool
+    routespec: str, target: str, data: str, transport: str, partly_encoded: bool
 ) -> Route:
     """Render a route. Raises ``ValueError`` naming what is wrong.
 
-    ``data`` is JSON; ``place``, entry point or parents, and ``transport``, of https, are TOML.
+    ``data`` is JSON; ``transport``, of https, is TOML.
     """
     rule, priority = route_rule(routespec, partly_encoded)
     server, prefix = split_target(target)
     name = route_name(routespec)
     line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("\x7f", "\\u007f")
-    tables = f"""
-{ROUTE}{no_template(line)}
-[http.routers.{name}]
+    tables = ""
+    if transport and server.startswith("https:"):
+        tables += f"[http.services.{name}.loadBalancer]\n{transport}\n"
+    tables += f"""[[http.services.{name}.loadBalancer.servers]]
+url = "{server}"
+"""
+    if prefix:
+        tables += f"[http.middlewares.{name}.addPrefix]\nprefix = {toml_string(prefix)}\n"
+    tables += f"""[http.routers.{name}]
 rule = '{rule}'
 service = "{name}"
-{place}
 """
     if priority:
         tables += f"priority = {priority}\n"
     if prefix:
-        tables += f"""middlewares = ["{name}"]
-[http.middlewares.{name}.addPrefix]
-prefix = {toml_string(prefix)}
+        tables += f'middlewares = ["{name}"]\n'
+    return Route(no_template(line), tables, tree_key(routespec))
+
+
+# Traefik tries the routers of a table in a line. So routes are put into groups, and groups into
+# groups: a request tries the few parts of each group that it passes through, and no others.
+GROUP = 10  # routes and groups in a group; some have more than twice as many
+
+# What a group's requests begin with: a text, and a character from one code to another; with 0 and
+# 0 there is no such character. Texts have \\0 for a slash, so that it comes before all others.
+Node = tuple[str, int, int]
+
+
+def tree_key(routespec: str) -> str:
+    """Return the host and the decoded path of a routespec as one text to sort and group by."""
+    host, _, path = routespec.partition("/")
+    path = unquote(path.rstrip("/"))
+    return (host.lower() + (f"/{path}" if path else "")).translate({0: 1, ord("/"): 0})
+
+
+def halve(keys: Sequence[str], start: int, end: int) -> tuple[Node, int]:
+    """Split a range of sorted keys, two or more, in the bit in which they differ first.
+
+    Return the node with all of them, and no others, and where the second half starts.
+    """
+    first, last = keys[start], keys[end - 1]
+    pairs = enumerate(zip(first, last, strict=False))
+    place = next((place for place, pair in pairs if pair[0] != pair[1]), len(first))
+    text = first[:place]
+    if text == first:  # the route of this very text, then those with more
+        return (text, 0, 0), start + 1
+    low, high = ord(first[place]), ord(last[place])
+    if low == 0:  # a slash is in no range with others: what is below a route stays together
+        node, cut = (text, 0, 0), 1
+    else:
+        bit = 1 << (low ^ high).bit_length() - 1
+        cut = high & -bit
+        node = (text, cut - bit, min(cut + bit - 1, sys.maxunicode))
+    return node, bisect_left(keys, text + chr(cut), start, end)
+
+
+def carve(node: Node, keys: Sequence[str], size: int) -> dict[Node, list[str]]:
+    """Divide the sorted keys of a node among narrower nodes; the node keeps what is left over.
+
+    A node is chosen when the number of keys in it reaches a multiple of the size that neither half
+    reaches alone: so it gets less than twice the size, and another key changes little.
+    """
+    owners = [node] * len(keys)
+    ranges = [(0, len(keys))]
+    for start, end in ranges:
+        if end - start >= size:
+            inner, middle = halve(keys, start, end)
+            if (end - start) // size > (middle - start) // size + (end - middle) // size:
+                owners[start:end] = [inner] * (end - start)  # some go to its halves, next
+            ranges += (start, middle), (middle, end)
+    parts: dict[Node, list[str]] = defaultdict(list)
+    for key, owner in zip(keys, owners, strict=True):
+        parts[owner].append(key)
+    return parts
+
+
+def node_rule(node: Node) -> str:
+    """Return the rule of all requests that may be for routes of a node, and of no sibling's."""
+    text, low, high = node
+    host, slash, path = text.partition("\0")
+    more = ""
+    if high:
+        spans = ((0, 0x24), (0x26, 0x2E), (0x30, sys.maxunicode))  # all but % and /
+        cut = [(max(low, first), min(high, last)) for first, last in spans]
+        more = "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in cut if first <= last)
+        encoded = (ord(char) for char in sorted(RESERVED - {"/"}))
+        codes = "|".join(f"{code:02X}" for code in encoded if low <= code <= high)
+        more = f"(?:[{more}]|%(?:{codes}))" if codes else f"[{more}]"
+    if not slash:
+        return f"HostRegexp(`^{path_pattern(host, False)}{more}`)"
+    pattern = path_pattern(path.replace("\0", "/"), True).replace(r"\x{1}", r"[\x{0}\x{1}]")
+    return f"{f'Host(`{host}`) && ' if host else ''}PathRegexp(`^/{pattern}{more}`)"
+
+
+Names = tuple[str, ...]
+
+
+def route_tree(keys: Iterable[str], roots: Names) -> tuple[str, dict[str, Names]]:
+    """Put routes into groups. Return the groups' routers as TOML, and the parents of each key.
+
+    The routes that enclose all of a group, such as the hub's, are in it, too: so each group answers
+    what the whole table would. All keys have a host or none has.
+    """
+    ordered = sorted(set(keys))
+    parents: dict[str, Names] = dict.fromkeys(ordered, ())
+    size, routers = GROUP, ""
+    while 2 * GROUP * size <= len(ordered):
+        size *= GROUP
+    groups: list[tuple[Node, list[str], int, Names]] = [(("", 0, 0), ordered, size, roots)]
+    for node, inside, size, names in groups:
+        parts: dict[Node, list[str]] = {}
+        while len(inside) > 2 * GROUP and size > 1 and not parts:
+            parts = carve(node, inside, size)
+            inside, size = parts.pop(node, []), size // GROUP
+        if parts and len(inside) > GROUP:
+            parts[node] = inside  # a group with the same rule, which comes last
+        else:
+            enclosing = (node[0][:place] for place, char in enumerate(node[0]) if char == "\0")
+            for key in (*inside, *filter(parents.__contains__, enclosing)):
+                parents[key] += names
+        for part, below in parts.items():
+            text, low, high = part
+            narrow = 32 * len(text) + (22 - (high - low).bit_length() if high else 0)
+            path = text.replace("\0", "/")
+            name = f"{route_name(path)}--{low:x}-{high:x}-{size}_"
+            routers += f"""[http.routers.{name}]
+rule = '{node_rule(part)}'
+priority = {1_000_000 + narrow}
+parentRefs = {json.dumps(names)}
 """
-    if transport and server.startswith("https:"):
-        tables += f"[http.services.{name}.loadBalancer]\n{transport}\n"
-    return f"""{tables}[[http.services.{name}.loadBalancer.servers]]
-url = "{server}"
-"""
+            groups.append((part, below, size, (name,)))
+    return routers, parents
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -761,7 +888,7 @@ class TraefikProcess:
 # has loaded that write; when it shows an error, the routes on the same entry point have it too.
 CANARY = "jupyterhub-revision_"
 PARENTS: Version = (3, 6, 0)  # the first Traefik whose routers can have parents
-BELOW = 'parentRefs = ["jupyterhub-routes"]'
+ROOTS = ("jupyterhub-pages", "jupyterhub-rest")  # parents of all routes below the hub's
 SECURE = 'serversTransport = "jupyterhub"'
 RENEWAL = 20  # seconds between two looks at the certificate
 
@@ -881,9 +1008,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         await self._be_ready()
         if self.should_start and self.track_last_activity:
             await asyncio.shield(self._submit(self._note_activity))
-        lines = (route[len(ROUTE) + 1 :].partition("\n")[0] for route in self._routes.values())
         routes: dict[str, Table] = {}
-        for routespec, target, data in map(json.loads, lines):
+        for routespec, target, data in (json.loads(route.line) for route in self._routes.values()):
             if active := self._activity.get(route_name(routespec)):
                 data["last_activity"] = active
             routes[routespec] = {"routespec": routespec, "target": target, "data": data}
@@ -1223,17 +1349,16 @@ http.serversTransports.jupyterhub.certificates = [{certs["proxy-client"]}]
             # HTML of the hub for people in place of Traefik's bare "Bad Gateway". All routes are
             # below two routers, so that other requests, such as websockets, pass no middleware. A
             # parent has to have a child.
+            none = f'service = "noop@internal", parentRefs = {json.dumps(ROOTS)}'
             base = path_of(self.hub.routespec)
             rule, weight = route_rule(base, partly_encoded=True)[0], len(f"PathPrefix(`{base}`)")
             html = f"{rule} && HeaderRegexp(`Accept`, `text/html`)"
             query = toml_string(urlsplit(self.hub.url).path + "error/503")
             errors = 'middlewares = ["jupyterhub-errors"]'
-            both = 'parentRefs = ["jupyterhub-pages", "jupyterhub-rest"]'
             text += f"""
 http.routers.jupyterhub-rest = {{rule = '{rule}', priority = {weight}, {entry}}}
 http.routers.jupyterhub-pages = {{rule = '{html}', priority = {weight + 1}, {entry}, {errors}}}
-http.routers.jupyterhub-routes = {{rule = "PathPrefix(`/`)", {both}}}
-http.routers.jupyterhub-none = {{rule = "!PathPrefix(`/`)", service = "noop@internal", {BELOW}}}
+http.routers.jupyterhub-none = {{rule = "!PathPrefix(`/`)", {none}}}
 [http.middlewares.jupyterhub-errors.errors]
 status = ["502", "504"]
 statusRewrites = {{"502-504" = 503}}
@@ -1301,11 +1426,20 @@ query = {query}
     # Writing, in the worker thread -----------------------------------------------------------
 
     def _make_route(self, routespec: str, target: str, data: str) -> Route:
-        below = path_of(routespec).startswith(path_of(self.hub.routespec))
-        place = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]"
-        place = BELOW if self._version >= PARENTS and below else place
         transport = SECURE if self.app.internal_ssl else ""
-        return make_route(routespec, target, data, place, transport, self._version >= (3, 4, 1))
+        return make_route(routespec, target, data, transport, self._version >= (3, 4, 1))
+
+    def _render_routes(self, routes: Mapping[str, Route]) -> str:
+        """Return the routes' part of the dynamic file."""
+        base, has_tree = path_of(self.hub.routespec), self._version >= PARENTS
+        below = {spec for spec in routes if has_tree and path_of(spec).startswith(base)}
+        groups, parents = route_tree((routes[spec].key for spec in below), ROOTS)
+        text = [groups]
+        entry = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]"
+        for routespec, (line, tables, key) in routes.items():
+            place = f"parentRefs = {json.dumps(parents[key])}" if routespec in below else entry
+            text.append(f"\n{ROUTE}{line}\n{tables}{place}\n")
+        return "".join(text)
 
     def _commit(self, batch: Batch) -> dict[int, ValueError]:
         """Write a batch, wait until Traefik serves it, and return what was no route, by index."""
@@ -1347,7 +1481,8 @@ service = "noop@internal"
         if self.letsencrypt_domains:  # on one router, for each one costs
             names = [f"{{main = {toml_string(name)}}}" for name in self.letsencrypt_domains]
             canary += f'tls = {{certResolver = "letsencrypt", domains = [{", ".join(names)}]}}\n'
-        text = "".join((self._foreign, "\n", self._head, *routes.values(), canary, END, "\n"))
+        routing = self._render_routes(routes)
+        text = "".join((self._foreign, "\n", self._head, routing, canary, END, "\n"))
         self._confirmed = False
         self._certificate = self._certificate_files()
         self._written = replace_file(self._file, text, RULES, keep_mode=not self.should_start)
