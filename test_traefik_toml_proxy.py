@@ -10,11 +10,13 @@ import collections
 import contextlib
 import copy
 import datetime
+import functools
 import gc
 import http.client
 import http.server
 import importlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import multiprocessing
@@ -31,6 +33,7 @@ import socket
 import ssl
 import stat
 import statistics
+import string
 import subprocess
 import sys
 import tarfile
@@ -153,8 +156,14 @@ def matches(rule: str, seen: str) -> bool:
     assert found, rule
     if found[1] == "Prefix":
         return seen.startswith(found[2])
-    python = re.sub(r"\\x\{([0-9a-f]+)\}", lambda code: re.escape(chr(int(code[1], 16))), found[2])
-    return bool(re.match(python.replace("$)", "\\Z)"), seen, re.DOTALL))
+    return bool(from_go(found[2]).match(seen))
+
+
+@functools.lru_cache(maxsize=10_000)
+def from_go(pattern: str) -> re.Pattern[str]:
+    """Return a regular expression of Go as one of Python."""
+    python = re.sub(r"\\x\{([0-9a-f]+)\}", lambda code: re.escape(chr(int(code[1], 16))), pattern)
+    return re.compile(python.replace("$)", "\\Z)"), re.DOTALL)
 
 
 @settings(max_examples=400, deadline=None)
@@ -297,6 +306,182 @@ def test_addresses(url: str, address: tuple[str, bool]) -> None:
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ValueError, match="option is not of the form"):
         proxy.split_address("option", url)
+
+
+# ---------------------------------------------------------------------------------------------
+# The tree
+# ---------------------------------------------------------------------------------------------
+
+
+Table = dict[str, Any]
+
+
+def tree_of(routespecs: Iterable[str]) -> dict[str, Table]:
+    """Return the routers of a tree, those of groups and those of routes, as Traefik gets them."""
+    keys = {routespec: proxy.tree_key(routespec) for routespec in routespecs}
+    text, parents = proxy.route_tree(keys.values(), ("root",))
+    routers: dict[str, Table] = tomli.loads(text).get("http", {}).get("routers", {})
+    for routespec, key in keys.items():
+        rule, priority = proxy.route_rule(routespec, True)
+        own = {"rule": rule, "service": routespec, "parentRefs": list(parents[key])}
+        routers[proxy.route_name(routespec)] = own | ({"priority": priority} if priority else {})
+    return routers
+
+
+def children_of(routers: dict[str, Table]) -> dict[str, list[Table]]:
+    """Return the routers below each parent, in the order in which Traefik tries them."""
+    children: dict[str, list[Table]] = collections.defaultdict(list)
+    for name, router in routers.items():
+        for parent in router["parentRefs"]:
+            children[parent].append(router | {"name": name})
+    for routers_below in children.values():
+        routers_below.sort(key=lambda router: -router.get("priority", len(router["rule"])))
+    return children
+
+
+def answers(rule: str, host: str, seen: str) -> bool:
+    """Evaluate a rule of a host, a path or both as Traefik does."""
+    for part in rule.split(" && "):
+        kind, value = part[:-2].split("(`", 1)
+        if kind.endswith("Host"):
+            fits = value.rstrip(".") == host.removesuffix(".")
+        else:
+            fits = matches(part.replace("Host", "Path"), host if kind == "HostRegexp" else seen)
+        if fits == kind.startswith("!"):
+            return False
+    return True
+
+
+def reached(children: dict[str, list[Table]], host: str, seen: str) -> tuple[str, int]:
+    """Follow a request through a tree; return the service, or 404, and how many rules it met."""
+    router, met = {"name": "root"}, 0
+    while "service" not in router:
+        below = children[router["name"]]
+        fits = (number for number, child in enumerate(below) if answers(child["rule"], host, seen))
+        found = next(fits, -1)
+        if found < 0:
+            return "404", met + len(below)
+        router, met = below[found], met + found + 1
+    return router["service"], met
+
+
+def flat(rules: dict[str, tuple[str, int | None]], host: str, seen: str) -> set[str]:
+    """Return what may answer when all routes are in a line: those of the highest priority."""
+    found: dict[int, set[str]] = collections.defaultdict(set)
+    for routespec, (rule, priority) in rules.items():
+        if answers(rule, host, seen):
+            found[priority or len(rule)].add(routespec)
+    return found[max(found)] if found else {"404"}
+
+
+# Few letters, so that names share beginnings; letters far apart, of many bytes, and reserved ones.
+ALPHABETS = (
+    "ab",
+    "a",
+    "ab01",
+    "a/b",
+    "%/+@b2",
+    "\0\1\2a",
+    "aé€𝄞\U0010ffff",
+    "a.-~_!$",
+    "0123456789",
+)
+TREE_NAMES = st.sampled_from(ALPHABETS).flatmap(
+    lambda letters: st.text(letters, min_size=1, max_size=9)
+)
+
+
+@st.composite
+def tables(draw: Any) -> tuple[list[str], list[str]]:
+    """Draw routespecs of users, servers, services and hosts, and names to ask for beside theirs."""
+    names = draw(st.lists(TREE_NAMES, min_size=1, max_size=40, unique=True))
+    servers = draw(st.lists(TREE_NAMES, max_size=3))
+    quote = functools.partial(urllib.parse.quote, safe="@~")
+    routespecs = {f"/user/{quote(name)}/" for name in names}
+    routespecs |= {
+        f"/user/{quote(name)}/{quote(server)}/" for name in names[:9] for server in servers
+    }
+    routespecs |= set(draw(st.lists(st.sampled_from(["/", "/user/", "/services/x/", "/a/"]))))
+    if draw(st.booleans()):  # a subdomain for each user
+        labels = st.from_regex(r"[ab9-]{1,3}(\.[abz-]{1,2}){0,2}", fullmatch=True)
+        hosts = draw(st.lists(labels, min_size=1, max_size=30))
+        routespecs = {f"{host}{spec}" for host, spec in zip(itertools.cycle(hosts), routespecs)}
+        routespecs |= {f"{host}/" for host in hosts[:5]}
+    return sorted(routespecs), names + draw(st.lists(TREE_NAMES, max_size=5))
+
+
+@pytest.mark.parametrize("group", [2, 3, 10])
+@settings(max_examples=300, deadline=None)
+@given(tables(), st.randoms(use_true_random=False))
+def test_a_tree_reaches_what_a_plain_table_reaches(
+    group: int, drawn: tuple[list[str], list[str]], random: Any
+) -> None:
+    routespecs, names = drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proxy, "GROUP", group)
+        routers = tree_of(routespecs)
+    children = children_of(routers)
+    assert set(children) - {"root"} == {name for name in routers if "service" not in routers[name]}
+    rules = {routespec: proxy.route_rule(routespec, True) for routespec in routespecs}
+    hosts = sorted({spec.partition("/")[0] for spec in routespecs})
+    for _ in range(40):
+        host = random.choice(hosts) + random.choice(["", "", "", ".", "a", ".a"])
+        paths = [f"/user/{random.choice(names)}", urllib.parse.unquote(random.choice(routespecs))]
+        path = "/" + random.choice(paths).partition("/")[2]
+        path = path[: random.choice([len(path), random.randint(1, len(path))])]
+        path += random.choice(["", "/", "/x", "//", "/a/b", random.choice(names)])
+        spelled, seen = spell(path, random, partly_encoded=True)
+        assert reached(children, host, seen)[0] in flat(rules, host, seen), (host, seen)
+        if hosts == [""] and "//" not in path and "%2F" not in "".join(routespecs):
+            fit = [spec for spec in routespecs if chp_matches(spec, spelled)]
+            nearest = max(fit, key=lambda spec: len(spec.split("/")), default="404")
+            assert reached(children, host, seen)[0] == nearest, (spelled, seen)
+
+
+def many_tables(size: int) -> dict[str, list[str]]:
+    """Return tables of one size, the names in which are distributed in various ways."""
+    dice = random.Random(6)
+
+    def word(length: int) -> str:
+        return "".join(dice.choices(string.ascii_lowercase, k=length))
+
+    users = {
+        "numbered": [f"student{number:04d}" for number in range(size)],
+        "words": [word(8) for _ in range(size)],
+        "one letter and a number": [f"a{number}" for number in range(size)],
+        "e-mail addresses": [f"{word(4)}.{word(6)}+{word(2)}@example.edu" for _ in range(size)],
+        "ideographs": [chr(0x4E00 + number) for number in range(size)],
+        "prefixes": ["a" * (number + 1) for number in range(min(size, 250))],
+    }
+    found = {
+        kind: [f"/user/{urllib.parse.quote(name, safe='@~')}/" for name in names] + ["/"]
+        for kind, names in users.items()
+    }
+    found["servers of one user"] = ["/", "/user/ann/"] + [f"/user/ann/{i}/" for i in range(size)]
+    found["hosts"] = ["hub.example/"] + [f"s{i}.hub.example/user/s{i}/" for i in range(size)]
+    found["hosts alone"] = [f"{word(6)}.example/" for _ in range(size)]
+    return found
+
+
+@pytest.mark.parametrize("kind", many_tables(0))
+def test_a_request_meets_few_matchers_and_a_change_rewrites_few_routers(kind: str) -> None:
+    routespecs = many_tables(5000)[kind]
+    routers = tree_of(routespecs)
+    children = children_of(routers)
+    dice, met, changed = random.Random(7), [], []
+    for routespec in dice.sample(routespecs, 40):
+        host, _, path = routespec.partition("/")
+        for end in ("", "none"):  # the route, or the hub for one that is not there
+            service, count = reached(children, host, f"/{urllib.parse.unquote(path)}{end}")
+            met.append(count)
+            assert end or service == routespec
+    for routespec in dice.sample(routespecs, 8):
+        fewer = tree_of(set(routespecs) - {routespec})
+        names = routers.keys() | fewer.keys()
+        changed.append(sum(routers.get(name) != fewer.get(name) for name in names))
+    print(f"{kind}: {statistics.mean(met):.0f}, {max(met)} at most; {statistics.mean(changed):.0f}")
+    assert max(met) <= 65
+    assert statistics.mean(changed) <= (250 if kind == "prefixes" else 60)
 
 
 # ---------------------------------------------------------------------------------------------

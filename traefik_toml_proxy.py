@@ -303,7 +303,8 @@ def tree_key(routespec: str) -> str:
     """Return the host and the decoded path of a routespec as one text to sort and group by."""
     host, _, path = routespec.partition("/")
     path = unquote(path.rstrip("/"))
-    return (host.lower() + (f"/{path}" if path else "")).translate({0: 1, ord("/"): 0})
+    host = host.lower().rstrip(".")
+    return (host + (f"/{path}" if path else "")).translate({0: 1, ord("/"): 0})
 
 
 def halve(keys: Sequence[str], start: int, end: int) -> tuple[Node, int]:
@@ -351,18 +352,19 @@ def node_rule(node: Node) -> str:
     """Return the rule of all requests that may be for routes of a node, and of no sibling's."""
     text, low, high = node
     host, slash, path = text.partition("\0")
-    more = ""
+    pattern = path_pattern((path if slash else host).replace("\0", "/"), partly_encoded=True)
+    pattern = pattern.replace(r"\x{1}", r"[\x{0}\x{1}]")
     if high:
         spans = ((0, 0x24), (0x26, 0x2E), (0x30, sys.maxunicode))  # all but % and /
         cut = [(max(low, first), min(high, last)) for first, last in spans]
-        more = "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in cut if first <= last)
+        chars = "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in cut if first <= last)
         encoded = (ord(char) for char in sorted(RESERVED - {"/"}))
         codes = "|".join(f"{code:02X}" for code in encoded if low <= code <= high)
-        more = f"(?:[{more}]|%(?:{codes}))" if codes else f"[{more}]"
-    if not slash:
-        return f"HostRegexp(`^{path_pattern(host, False)}{more}`)"
-    pattern = path_pattern(path.replace("\0", "/"), True).replace(r"\x{1}", r"[\x{0}\x{1}]")
-    return f"{f'Host(`{host}`) && ' if host else ''}PathRegexp(`^/{pattern}{more}`)"
+        pattern += f"(?:[{chars}]|%(?:{codes}))" if codes else f"[{chars}]"
+    if slash:
+        return f"{f'Host(`{host}`) && ' if host else ''}PathRegexp(`^/{pattern}`)"
+    whole = host.rstrip(".") if high or host.endswith(".") else ""  # of which a dot may be the end
+    return f"HostRegexp(`^{pattern}`)" + (f" && !Host(`{whole}`)" if whole else "")
 
 
 Names = tuple[str, ...]
@@ -388,8 +390,9 @@ def route_tree(keys: Iterable[str], roots: Names) -> tuple[str, dict[str, Names]
         if parts and len(inside) > GROUP:
             parts[node] = inside  # a group with the same rule, which comes last
         else:
-            enclosing = (node[0][:place] for place, char in enumerate(node[0]) if char == "\0")
-            for key in (*inside, *filter(parents.__contains__, enclosing)):
+            text = node[0] + "\0"
+            enclosing = {text[:place] for place, char in enumerate(text) if char == "\0"}
+            for key in {*inside, *(enclosing & parents.keys())}:
                 parents[key] += names
         for part, below in parts.items():
             text, low, high = part
