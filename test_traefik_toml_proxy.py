@@ -4242,7 +4242,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 
 
 # ---------------------------------------------------------------------------------------------
-# The benchmark: pytest -m benchmark -s [--json FILE] [--svg .benchmark/routes.svg]
+# The benchmark: pytest -m benchmark -s [--json=FILE] [--svg=.benchmark/routes.svg]
 # ---------------------------------------------------------------------------------------------
 
 SIZES = (10, 100, 1000, 5000)  # routes
@@ -4520,7 +4520,9 @@ def number(value: float | None) -> str:
     """Write a figure with about three digits that count."""
     if value is None:
         return "-"
-    return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
+    if abs(value) < 10:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def throughput_bar(figures: Figures, what: str, required: float, one: Any, other: Any) -> Bar:
@@ -4610,6 +4612,7 @@ def as_json(machine: dict[str, str], figures: Figures, left_out: list[str]) -> s
 # The plot --------------------------------------------------------------------------------------
 
 COLOURS = {THIS: "#0072b2", FLOOR: "#777777", CHP: "#d55e00", JTP: "#009e73"}
+FULL_NAMES = {CHP: "configurable-http-proxy", JTP: "jupyterhub-traefik-proxy"}
 PANEL = (320, 240)  # width and height in pixels
 SVG = "{http://www.w3.org/2000/svg}"
 Line = list[tuple[int, float]]  # routes and a figure
@@ -4676,8 +4679,9 @@ def plot(figures: Figures, caption: str) -> str:
     right = plot_panel("add_route in ms (less is better)", times, True) if times else ""
     legend = ""
     for index, kind in enumerate(kind for kind in COLOURS if kind in rates or kind in times):
-        legend += f'<g transform="translate({250 + 100 * index} 375)"><circle r="4" '
-        legend += f'fill="{COLOURS[kind]}"/><text x="8" y="4">{kind}</text></g>\n'
+        name = FULL_NAMES.get(kind, kind)
+        legend += f'<g transform="translate({150 + 165 * index} 378)"><circle r="4" '
+        legend += f'fill="{COLOURS[kind]}"/><text x="8" y="4">{name}</text></g>\n'
     return f"""<svg xmlns="http://www.w3.org/2000/svg" width="860" height="400"
  viewBox="0 0 860 400" font-family="sans-serif" font-size="12" fill="#222">
 <rect width="860" height="400" fill="#fff"/>
@@ -5028,6 +5032,11 @@ async def measure_busy(
 # The run ----------------------------------------------------------------------------------------
 
 
+def progress(part: str) -> None:
+    """Tell on standard error what is measured now, for the report comes at the end."""
+    print(f"{time.strftime('%H:%M:%S')} measuring: {part}", file=sys.stderr)
+
+
 def version_of(*command: str) -> str:
     """Return the version that a program tells."""
     answer = subprocess.run(command, capture_output=True, text=True)
@@ -5157,11 +5166,15 @@ async def test_benchmark(
     logging.disable(logging.ERROR)
     try:
         for size in SIZES:
+            progress(f"{CHANGES}, {size:,} routes")
             await measure_changes(figures, kinds, size, tmp_path / "changes", urls)
         for size, kind in itertools.product(SIZES, kinds):
+            progress(f"{ALONE}, {size:,} routes, {kind}")
             measure_alone(figures, kind, size, tmp_path / "alone" / f"{kind}-{size}", urls)
         if wrk := installed["wrk"]:
+            progress(THROUGHPUT)
             await measure_throughput(figures, proxies, SIZES, tmp_path / "throughput", wrk)
+        progress(BUSY)
         await measure_busy(figures, proxies, BUSY_SIZE, tmp_path / "busy", wrk)
     finally:
         logging.disable(logging.NOTSET)
