@@ -4250,6 +4250,7 @@ ROUNDS = 3  # of all that has no number of its own
 CHANGE_ROUNDS, CHANGE_ROUNDS_AT_MOST = 40, 20  # up to 1,000 routes, and above
 SLOW_ROUNDS = 3  # of jupyterhub-traefik-proxy, which takes a second a change
 AT_ONCE = (10, 50, 200, 1000)  # changes
+MANY = (200, 1000)  # those with which the event loop is watched
 SECONDS = 1  # of one run of wrk or of one websocket
 BUSY_SIZE = 1000  # routes where websockets and transfers are measured
 WEBSOCKETS = 500
@@ -4482,11 +4483,11 @@ class Figures:
 
     def ratio(self, one: Key, other: Key) -> float | None:
         """Return the median of the ratios in each round; for what is measured alone, of medians."""
-        medians = self.median(*one), self.median(*other)
-        if not all(medians):
+        first, second = self.median(*one) or 0, self.median(*other) or 0
+        if first <= 0 or second <= 0:  # not measured, or memory that did not grow
             return None
         if one[0] == ALONE:
-            return medians[0] / medians[1]
+            return first / second
         rounds = zip(self.rounds[one], self.rounds[other], strict=False)
         return statistics.median(first / second for first, second in rounds)
 
@@ -4557,7 +4558,7 @@ def make_bars(figures: Figures) -> list[Bar]:
         what = f"add_route to the floor, {size:,} routes"
         bars.append(Bar(what, "at most", 1.15, figures.ratio(*keys), details))
     for size in figures.sizes(ALONE):
-        for count in AT_ONCE[-2:]:
+        for count in MANY:
             stall = STALL.format(count)
             keys = [(ALONE, size, stall, kind) for kind in (THIS, CHP)]
             details = " to ".join(number(figures.median(*key)) for key in keys)
@@ -4589,8 +4590,9 @@ def table_lines(figures: Figures, part: str, size: int) -> Iterator[str]:
 
 def report(machine: dict[str, str], figures: Figures, left_out: list[str]) -> str:
     """Return all as text: the machine, the bars, then a table for each part and size."""
-    lines = [", ".join(f"{what} {value}".strip() for what, value in machine.items()), *left_out]
-    lines += ["", *bar_lines(make_bars(figures))]
+    lines = [", ".join(f"{what} {value}" for what, value in machine.items()), *left_out]
+    lines += ["", *bar_lines(make_bars(figures)), ""]
+    lines += ["the tables: medians, and the ratios of this proxy to the floor and to CHP"]
     for part in (CHANGES, ALONE, THROUGHPUT, BUSY):
         for size in figures.sizes(part):
             lines += ["", *table_lines(figures, part, size)]
@@ -4613,19 +4615,19 @@ def as_json(machine: dict[str, str], figures: Figures, left_out: list[str]) -> s
 
 COLOURS = {THIS: "#0072b2", FLOOR: "#777777", CHP: "#d55e00", JTP: "#009e73"}
 FULL_NAMES = {CHP: "configurable-http-proxy", JTP: "jupyterhub-traefik-proxy"}
-PANEL = (320, 240)  # width and height in pixels
-SVG = "{http://www.w3.org/2000/svg}"
+CENTRED = 'text-anchor="middle"'
 Line = list[tuple[int, float]]  # routes and a figure
 
 
 def plot_panel(title: str, lines: dict[str, Line], logarithmic: bool) -> str:
     """Draw a line with markers for each contestant, over the number of routes."""
-    width, height = PANEL
+    width, height = 320, 240
     sizes = sorted({size for line in lines.values() for size, _ in line})
     values = [value for line in lines.values() for _, value in line]
     left, right = math.log10(sizes[0] * 0.8), math.log10(sizes[-1] * 1.25)
     if logarithmic:
         bottom, top = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+        top = max(top, bottom + 1)
         ticks = [10.0**power for power in range(bottom, top + 1)]
     else:
         magnitude = 10.0 ** math.floor(math.log10(max(values)))
@@ -4640,28 +4642,22 @@ def plot_panel(title: str, lines: dict[str, Line], logarithmic: bool) -> str:
         value = math.log10(value) if logarithmic else value
         return round(height - (value - bottom) / (top - bottom) * height, 1)
 
-    drawn = [
-        f'<text x="{width / 2}" y="-12" text-anchor="middle" font-weight="bold">{title}</text>'
-    ]
+    drawn = f'<text x="{width / 2}" y="-12" font-weight="bold" {CENTRED}>{title}</text>'
     for tick in ticks:
-        drawn.append(f'<path d="M0 {y(tick)}h{width}" stroke="#ddd"/>')
-        drawn.append(f'<text x="-6" y="{y(tick) + 4}" text-anchor="end">{tick:,g}</text>')
+        drawn += f'''<path d="M0 {y(tick)}h{width}" stroke="#ddd"/>
+<text x="-6" y="{y(tick) + 4}" text-anchor="end">{tick:,g}</text>'''
     for size in sizes:
-        drawn.append(f'<path d="M{x(size)} {height}v4" stroke="#333"/>')
-        text = f'<text x="{x(size)}" y="{height + 18}" text-anchor="middle">{size:,}</text>'
-        drawn.append(text)
-    drawn.append(f'<path d="M0 0v{height}h{width}" fill="none" stroke="#333"/>')
-    drawn.append(f'<text x="{width / 2}" y="{height + 38}" text-anchor="middle">routes</text>')
+        drawn += f'''<path d="M{x(size)} {height}v4" stroke="#333"/>
+<text x="{x(size)}" y="{height + 18}" {CENTRED}>{size:,}</text>'''
+    drawn += f'''<path d="M0 0v{height}h{width}" fill="none" stroke="#333"/>
+<text x="{width / 2}" y="{height + 38}" {CENTRED}>routes</text>'''
     for kind, line in lines.items():
-        points = [f"{x(size)},{y(value)}" for size, value in line]
-        drawn.append(f'<g fill="{COLOURS[kind]}"><polyline fill="none" stroke="{COLOURS[kind]}"')
-        drawn.append(
-            f'stroke-width="2" points="{" ".join(points)}"><title>{kind}</title></polyline>'
-        )
-        for size, value in line:
-            drawn.append(f'<circle cx="{x(size)}" cy="{y(value)}" r="3.5"/>')
-        drawn.append("</g>")
-    return "\n".join(drawn)
+        points = [(x(size), y(value)) for size, value in line]
+        path = " ".join(f"{across},{down}" for across, down in points)
+        marks = "".join(f'<circle cx="{across}" cy="{down}" r="3.5"/>' for across, down in points)
+        drawn += f'''<g fill="{COLOURS[kind]}" stroke-width="2"><title>{kind}</title>
+<polyline fill="none" stroke="{COLOURS[kind]}" points="{path}"/>{marks}</g>'''
+    return drawn
 
 
 def plot(figures: Figures, caption: str) -> str:
@@ -4685,8 +4681,8 @@ def plot(figures: Figures, caption: str) -> str:
     return f"""<svg xmlns="http://www.w3.org/2000/svg" width="860" height="400"
  viewBox="0 0 860 400" font-family="sans-serif" font-size="12" fill="#222">
 <rect width="860" height="400" fill="#fff"/>
-<text x="430" y="22" text-anchor="middle" font-size="16">How cost grows with routes</text>
-<text x="430" y="40" text-anchor="middle" fill="#555">{html.escape(caption)}</text>
+<text x="430" y="22" font-size="16" {CENTRED}>How cost grows with routes</text>
+<text x="430" y="40" fill="#555" {CENTRED}>{html.escape(caption)}</text>
 <g transform="translate(80 78)">{left}</g>
 <g transform="translate(510 78)">{right}</g>
 {legend}</svg>
@@ -4707,12 +4703,9 @@ async def measure_changes(
             contestants.reverse()  # so that nobody always comes after the same
             taking_part = [each for each in contestants if turn < SLOW_ROUNDS or not each.slow]
             path = f"/user/new{turn:04d}/"
-            for figure, change in (
-                (ADD, {"add": [path]}),
-                ("delete_route, ms", {"delete": [path]}),
-            ):
+            for figure, add, delete in ((ADD, [path], []), ("delete_route, ms", [], [path])):
                 for each in taking_part:
-                    figures.note(CHANGES, size, figure, each.kind, await each.change(**change))
+                    figures.note(CHANGES, size, figure, each.kind, await each.change(add, delete))
                     if each.slow:
                         await asyncio.sleep(1)  # its Traefik still reads after delete_route
 
@@ -4750,7 +4743,7 @@ async def measure_in_process(
                 rounds[deleting].append(await contestant.change((), many))
                 await asyncio.sleep(0.05)
                 watch.cancel()
-                if kind != FLOOR and count >= 200:  # the floor works in the loop's thread
+                if kind != FLOOR and count in MANY:  # the floor works in the loop's thread
                     rounds[STALL.format(count)].append(max(stalls))
         began = time.perf_counter()
     rounds["stop, ms"].append(milliseconds(began))
@@ -4819,9 +4812,8 @@ async def measure_throughput(
     """Note requests per second and latency with tables of all sizes, which are there at once."""
     async with contextlib.AsyncExitStack() as stack:
         url = stack.enter_context(ping_backend(directory / "ping"))
-        tables: list[tuple[int, str, int]] = []  # routes, contestant, port
+        tables = [(sizes[0], BACKEND, int(url.split(":")[2]))]  # routes, contestant, port
         for size in sizes:
-            tables.append((size, BACKEND, int(url.split(":")[2])))
             contestants = await start_all(stack, kinds, size, directory, hub=url, user=url)
             tables += [(size, each.kind, each.port) for each in contestants]
         for _, _, port in tables:  # warm up
@@ -4975,8 +4967,15 @@ async def measure_under_load(
     def note(figure: str, value: float) -> None:
         figures.note(BUSY, size, figure, contestant.kind, value)
 
-    enough = threading.Event()
-    before, paths = contestant.memory(), itertools.cycle(routespecs(size))
+    if wrk:  # what it needs to serve anything is not for websockets
+        command = wrk_command(wrk, contestant.port, "/hub/login", 4, 1)
+        subprocess.run(command, capture_output=True, check=True)
+    await asyncio.sleep(SECONDS)
+    before, paths, enough = (
+        contestant.memory(),
+        itertools.cycle(routespecs(size)),
+        threading.Event(),
+    )
     with contextlib.ExitStack() as stack:
         websockets = [
             stack.enter_context(open_websocket(contestant.port, f"{next(paths)}ws"))
@@ -4989,6 +4988,7 @@ async def measure_under_load(
         if wrk:
             command = wrk_command(wrk, contestant.port, "/hub/login", 4, 600)
             load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(load)
             stack.callback(load.kill)
         await asyncio.sleep(SECONDS)
         for turn in range(SLOW_ROUNDS if contestant.slow else CHANGE_ROUNDS_AT_MOST):
@@ -5089,9 +5089,8 @@ def test_wrk_is_understood() -> None:
 
 def test_the_benchmark_reports_what_it_measured() -> None:
     figures, none_of = Figures(), "left out, because it is not installed: JTP"
-    for size, (kind, slowness) in itertools.product(
-        (10, 5000), {THIS: 1, FLOOR: 1, CHP: 3}.items()
-    ):
+    kinds = {THIS: 1, FLOOR: 1, CHP: 3}.items()
+    for size, (kind, slowness) in itertools.product((10, 5000), kinds):
         figures.note(CHANGES, size, ADD, kind, size / 10, size / 5, size / 10 * slowness)
         for place in PLACES[: 0 if kind == FLOOR else 4]:
             rates = (9000 / slowness, 8000 / slowness, 1)
@@ -5119,8 +5118,8 @@ def test_the_benchmark_reports_what_it_measured() -> None:
     assert (first["contestant"], first["median"], first["rounds"]) == (THIS, 1, [1, 2, 1])
     drawing = plot(figures, "2 cores & more")
     assert len(drawing) < 10_000
-    names = [title.text for title in xml.etree.ElementTree.fromstring(drawing).iter(f"{SVG}title")]
-    assert names == [THIS, CHP, THIS, FLOOR, CHP]  # a line each
+    lines = xml.etree.ElementTree.fromstring(drawing).findall(".//{*}polyline/..")
+    assert [line[0].text for line in lines] == [THIS, CHP, THIS, FLOOR, CHP]
     xml.etree.ElementTree.fromstring(plot(Figures(), ""))
 
 
@@ -5155,11 +5154,8 @@ async def test_benchmark(
         JTP: importlib.util.find_spec("jupyterhub_traefik_proxy"),
         "wrk": shutil.which("wrk"),
     }
-    left_out = [
-        f"left out, because it is not installed: {name}"
-        for name in installed
-        if not installed[name]
-    ]
+    missing = [name for name in installed if not installed[name]]
+    left_out = [f"left out, because it is not installed: {name}" for name in missing]
     proxies = [THIS, *(kind for kind in (CHP, JTP) if installed[kind])]
     kinds = [THIS, FLOOR, *proxies[1:]]
     figures, urls = Figures(), {"hub": backends("hub"), "user": backends("user")}
