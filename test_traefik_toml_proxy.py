@@ -4247,6 +4247,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 
 SIZES = (10, 100, 1000, 5000)  # routes
 ROUNDS = 3  # of all that has no number of its own
+WRK_ROUNDS = 5  # at each place of each table
 CHANGE_ROUNDS, CHANGE_ROUNDS_AT_MOST = 40, 20  # up to 1,000 routes, and above
 SLOW_ROUNDS = 3  # of jupyterhub-traefik-proxy, which takes a second a change
 AT_ONCE = (10, 50, 200, 1000)  # changes
@@ -4603,8 +4604,8 @@ def as_json(machine: dict[str, str], figures: Figures, left_out: list[str]) -> s
     """Return all as JSON. Each figure has its unit in its name."""
     names = ("part", "routes", "figure", "contestant")
     measured = [
-        {**dict(zip(names, key, strict=True)), "median": figures.median(*key), "rounds": rounds}
-        for key, rounds in figures.rounds.items()
+        {**dict(zip(names, key, strict=True)), "median": figures.median(*key), "rounds": values}
+        for key, values in figures.rounds.items()
     ]
     bars = [{**bar._asdict(), "verdict": bar.verdict()} for bar in make_bars(figures)]
     content = {"machine": machine, "left out": left_out, "bars": bars, "figures": measured}
@@ -4806,6 +4807,18 @@ def read_wrk(output: str) -> dict[str, float]:
     return figures
 
 
+def run_wrk(*options: Any) -> dict[str, float]:
+    answer = subprocess.run(wrk_command(*options), capture_output=True, text=True, check=True)
+    return read_wrk(answer.stdout)
+
+
+def path_at(place: str, size: int) -> str:
+    """Return a path below a user's route, or one that only the hub's route serves."""
+    users = routespecs(size)
+    routes = {"first": users[0], "middle": users[size // 2], "last": users[-1], "hub": "/hub/"}
+    return f"{routes[place]}login"
+
+
 async def measure_throughput(
     figures: Figures, kinds: list[str], sizes: tuple[int, ...], directory: Path, wrk: str
 ) -> None:
@@ -4817,17 +4830,14 @@ async def measure_throughput(
             contestants = await start_all(stack, kinds, size, directory, hub=url, user=url)
             tables += [(size, each.kind, each.port) for each in contestants]
         for _, _, port in tables:  # warm up
-            subprocess.run(wrk_command(wrk, port, "/", 16, 1), capture_output=True, check=True)
-        for place in [*range(len(PLACES))] * ROUNDS:
-            tables.reverse()
-            for size, kind, port in tables:
-                users = routespecs(size)
-                path = [users[0], users[size // 2], users[-1], "/hub/"][place] + "login"
+            run_wrk(wrk, port, "/", 16, 2)
+        for _ in range(WRK_ROUNDS):
+            tables.reverse()  # so that nobody always comes after the same
+            for place, (size, kind, port) in itertools.product(PLACES, tables):
+                path = path_at(place, size)
                 assert says_ok(port, path)
-                command = wrk_command(wrk, port, path, 16, SECONDS)
-                answer = subprocess.run(command, capture_output=True, text=True, check=True)
-                for figure, value in read_wrk(answer.stdout).items():
-                    figures.note(THROUGHPUT, size, f"{figure}, {PLACES[place]}", kind, value)
+                for figure, value in run_wrk(wrk, port, path, 16, SECONDS).items():
+                    figures.note(THROUGHPUT, size, f"{figure}, {place}", kind, value)
 
 
 # Websockets and transfers ---------------------------------------------------------------------
@@ -4968,8 +4978,7 @@ async def measure_under_load(
         figures.note(BUSY, size, figure, contestant.kind, value)
 
     if wrk:  # what it needs to serve anything is not for websockets
-        command = wrk_command(wrk, contestant.port, "/hub/login", 4, 1)
-        subprocess.run(command, capture_output=True, check=True)
+        run_wrk(wrk, contestant.port, "/hub/login", 4, 1)
     await asyncio.sleep(SECONDS)
     before, paths, enough = (
         contestant.memory(),
@@ -4982,7 +4991,9 @@ async def measure_under_load(
             for _ in range(WEBSOCKETS)
         ]
         await asyncio.sleep(SECONDS)
-        note(f"memory of {WEBSOCKETS} open websockets, MB", contestant.memory() - before)
+        memory = contestant.memory()
+        note(f"memory of {WEBSOCKETS} open websockets, MB", memory - before)
+        note("memory of the whole process with them, MB", memory)
         talking = asyncio.ensure_future(asyncio.to_thread(keep_talking, websockets, enough))
         stack.callback(enough.set)
         if wrk:
@@ -5125,7 +5136,7 @@ def test_the_benchmark_reports_what_it_measured() -> None:
 
 @pytest.mark.process
 async def test_the_benchmark_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"ROUNDS": 1, "SECONDS": 0.05, "WEBSOCKETS": 4, "TRANSFER": 1 << 20}
+    small = {"ROUNDS": 1, "WRK_ROUNDS": 1, "SECONDS": 0.05, "WEBSOCKETS": 4, "TRANSFER": 1 << 20}
     for name, value in {**small, "CHANGE_ROUNDS_AT_MOST": 1}.items():
         monkeypatch.setitem(globals(), name, value)
     wrk = tmp_path / "wrk"
@@ -5135,7 +5146,7 @@ async def test_the_benchmark_measures(tmp_path: Path, monkeypatch: pytest.Monkey
     await measure_throughput(figures, [THIS], (1, 3), tmp_path / "throughput", str(wrk))
     await measure_busy(figures, [THIS], 3, tmp_path / "busy", None)
     measured = collections.Counter(key[:2] for key in figures.rounds if key[3] == THIS)
-    assert measured == {(THROUGHPUT, 1): 12, (THROUGHPUT, 3): 12, (BUSY, 3): 5}
+    assert measured == {(THROUGHPUT, 1): 12, (THROUGHPUT, 3): 12, (BUSY, 3): 6}
     assert {key[3] for key in figures.rounds} == {THIS, BACKEND}
 
 
