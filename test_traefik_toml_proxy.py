@@ -4258,6 +4258,7 @@ WEBSOCKETS = 500
 TRANSFER = 1 << 30  # bytes, whole MiB
 
 THIS, FLOOR, CHP, JTP, BACKEND = CONTESTANTS = "this proxy", "floor", "CHP", "JTP", "no proxy"
+FULL_NAMES = {CHP: "configurable-http-proxy", JTP: "jupyterhub-traefik-proxy"}
 PROCESSES = {THIS: "_process", CHP: "proxy_process", JTP: "traefik_process"}
 PLACES = ("first", "middle", "last", "hub")  # of a route in the order of names
 CHANGES, ALONE = "changes, one after another", "alone in a process"
@@ -4594,6 +4595,7 @@ def report(machine: dict[str, str], figures: Figures, left_out: list[str]) -> st
     lines = [", ".join(f"{what} {value}" for what, value in machine.items()), *left_out]
     lines += ["", *bar_lines(make_bars(figures)), ""]
     lines += ["the tables: medians, and the ratios of this proxy to the floor and to CHP"]
+    lines += [", ".join(f"{kind} is {name}" for kind, name in FULL_NAMES.items())]
     for part in (CHANGES, ALONE, THROUGHPUT, BUSY):
         for size in figures.sizes(part):
             lines += ["", *table_lines(figures, part, size)]
@@ -4615,7 +4617,6 @@ def as_json(machine: dict[str, str], figures: Figures, left_out: list[str]) -> s
 # The plot --------------------------------------------------------------------------------------
 
 COLOURS = {THIS: "#0072b2", FLOOR: "#777777", CHP: "#d55e00", JTP: "#009e73"}
-FULL_NAMES = {CHP: "configurable-http-proxy", JTP: "jupyterhub-traefik-proxy"}
 CENTRED = 'text-anchor="middle"'
 Line = list[tuple[int, float]]  # routes and a figure
 
@@ -5166,7 +5167,8 @@ async def test_benchmark(
         "wrk": shutil.which("wrk"),
     }
     missing = [name for name in installed if not installed[name]]
-    left_out = [f"left out, because it is not installed: {name}" for name in missing]
+    names = [FULL_NAMES.get(name, name) for name in missing]
+    left_out = [f"left out, because it is not installed: {name}" for name in names]
     proxies = [THIS, *(kind for kind in (CHP, JTP) if installed[kind])]
     kinds = [THIS, FLOOR, *proxies[1:]]
     figures, urls = Figures(), {"hub": backends("hub"), "user": backends("user")}
