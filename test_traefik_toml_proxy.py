@@ -7,18 +7,23 @@ import ast
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import datetime
 import functools
 import gc
+import hashlib
+import html
 import http.client
 import http.server
 import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -40,13 +45,13 @@ import tarfile
 import textwrap
 import threading
 import time
-import traceback
 import urllib.parse
+import xml.etree.ElementTree
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import tomli
@@ -4421,8 +4426,54 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 
 
 # ---------------------------------------------------------------------------------------------
-# The benchmark: pytest -m benchmark -s
+# The benchmark: pytest -m benchmark -s [--json=FILE] [--svg=.benchmark/routes.svg]
 # ---------------------------------------------------------------------------------------------
+
+SIZES = (10, 100, 1000, 5000)  # routes
+ROUNDS = 3  # of all that has no number of its own
+WRK_ROUNDS = 5  # at each place of each table
+CHANGE_ROUNDS, CHANGE_ROUNDS_AT_MOST = 40, 20  # up to 1,000 routes, and above
+SLOW_ROUNDS = 3  # of jupyterhub-traefik-proxy, which takes a second a change
+AT_ONCE = (10, 50, 200, 1000)  # changes
+MANY = (200, 1000)  # those with which the event loop is watched
+SECONDS = 1  # of one run of wrk or of one websocket
+BUSY_SIZE = 1000  # routes where websockets and transfers are measured
+WEBSOCKETS = 500
+TRANSFER = 1 << 30  # bytes, whole MiB
+
+THIS, FLOOR, CHP, JTP, BACKEND = CONTESTANTS = "this proxy", "floor", "CHP", "JTP", "no proxy"
+FULL_NAMES = {CHP: "configurable-http-proxy", JTP: "jupyterhub-traefik-proxy"}
+PROCESSES = {THIS: "_process", CHP: "proxy_process", JTP: "traefik_process"}
+PLACES = ("first", "middle", "last", "hub")  # of a route in the order of names
+CHANGES, ALONE = "changes, one after another", "alone in a process"
+THROUGHPUT, BUSY = "throughput (wrk)", "websockets and transfers"
+ADD, RATE = "add_route, ms", "requests/s"
+STALL = "longest stall, {} at once, ms"
+
+Key = tuple[str, int, str, str]  # part, routes, figure with its unit, contestant
+
+
+def milliseconds(began: float) -> float:
+    return (time.perf_counter() - began) * 1000
+
+
+def routespecs(size: int) -> list[str]:
+    return [f"/user/student{number:04d}/" for number in range(1, size + 1)]
+
+
+def traefik_by_hand(directory: Path, port: int, **tables: Any) -> list[str]:
+    """Write a traefik.toml for a port and the rules.toml beside it; return how to start Traefik."""
+    static = {
+        "log": {"level": "ERROR"},
+        "entryPoints": {"http": {"address": f"127.0.0.1:{port}"}},
+        "providers": {
+            "providersThrottleDuration": "0s",
+            "file": {"filename": str(directory / "rules.toml")},
+        },
+        **tables,
+    }
+    (directory / "traefik.toml").write_text(tomli_w.dumps(static))
+    return [installed_traefik(), "--configfile", str(directory / "traefik.toml")]
 
 
 class Floor:
@@ -4432,25 +4483,17 @@ class Floor:
     def __init__(self, directory: Path, urls: dict[str, str]) -> None:
         self.rules, self.urls = directory / "rules.toml", urls
         self.routes = {"/": urls["hub"]}
-        self.port = free_port()
+        port = free_port()
+        self.public_url = f"http://127.0.0.1:{port}"
+        self.command = traefik_by_hand(directory, port)
+        self.connection = http.client.HTTPConnection("127.0.0.1", port)
         pair = zip(("certFile", "keyFile"), proxy.placeholder_certificate(), strict=True)
         default = {"stores": {"default": {"defaultCertificate": dict(pair)}}}
         self.certificate = tomli_w.dumps({"tls": default})
-        static = {
-            "log": {"level": "ERROR"},
-            "entryPoints": {"http": {"address": f"127.0.0.1:{self.port}"}},
-            "providers": {
-                "providersThrottleDuration": "0s",
-                "file": {"filename": str(self.rules)},
-            },
-        }
-        self.static = directory / "traefik.toml"
-        self.static.write_text(tomli_w.dumps(static))
 
     async def start(self) -> None:
         self.replace()
-        self.process = subprocess.Popen([installed_traefik(), "--configfile", str(self.static)])
-        self.connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        self.process = subprocess.Popen(self.command)
         self.wait("/", "hub")
 
     async def stop(self) -> None:
@@ -4488,48 +4531,21 @@ class Floor:
         self.wait(path, "user" if add else "hub")
 
 
-async def change(proxy: Any, add: Iterable[str] = (), delete: Iterable[str] = ()) -> float:
-    """Make changes all at once; return how long it took, in ms."""
-    began = time.perf_counter()
-    if isinstance(proxy, Floor):
-        await proxy.change(add, delete)
-    else:
-        target = "http://127.0.0.1:9"
-        await asyncio.gather(
-            *(proxy.add_route(path, target, {"user": path, "server_name": ""}) for path in add),
-            *(proxy.delete_route(path) for path in delete),
-        )
-    return (time.perf_counter() - began) * 1000
-
-
-async def longest_stall(stalls: list[float]) -> None:
-    """Note in ms how much later than asked the event loop comes back, until cancelled."""
-    while True:
-        before = time.perf_counter()
-        await asyncio.sleep(0.001)
-        stalls.append((time.perf_counter() - before) * 1000 - 1)
-
-
-def resident_memory() -> float:
-    """Return the resident memory of this process in MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def contestant(kind: str, directory: Path, urls: dict[str, str]) -> Any:
-    if kind == "floor":
+def make_contestant(kind: str, directory: Path, urls: dict[str, str]) -> Any:
+    """Return a proxy or the floor, not started, with its files in a directory."""
+    if kind == FLOOR:
         return Floor(directory, urls)
-    if kind == "this proxy":
+    if kind == THIS:
         return ProxyFactory(directory)()
     public, api = f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
     app = stand_in_app()
-    if kind == "CHP":
+    if kind == CHP:
         from jupyterhub.proxy import ConfigurableHTTPProxy
 
         options = {"api_url": api, "pid_file": str(directory / "chp.pid"), "log_level": "error"}
         return ConfigurableHTTPProxy(app=app, hub=app.hub, public_url=public, **options)
     from jupyterhub_traefik_proxy.fileprovider import TraefikFileProviderProxy
 
-    os.environ["PATH"] = f"{os.path.dirname(installed_traefik())}:{os.environ['PATH']}"
     return TraefikFileProviderProxy(
         app=app,
         hub=app.hub,
@@ -4542,82 +4558,824 @@ def contestant(kind: str, directory: Path, urls: dict[str, str]) -> Any:
     )
 
 
-async def measure(kind: str, size: int, directory: Path, urls: dict[str, str]) -> dict[str, float]:
-    """Return the figures of one contestant with a table of one size; times in ms, memory in MB."""
+class Contestant:
+    """A running proxy, or the floor, whose users' routes all lead to ``urls["user"]``."""
+
+    def __init__(self, kind: str, proxy: Any, urls: dict[str, str]) -> None:
+        self.kind, self.proxy, self.urls = kind, proxy, urls
+        self.port = port_of(proxy)
+        self.slow = kind == JTP
+
+    async def change(self, add: Iterable[str] = (), delete: Iterable[str] = ()) -> float:
+        """Make changes all at once; return how long it took, in ms."""
+        began = time.perf_counter()
+        if self.kind == FLOOR:
+            await self.proxy.change(add, delete)
+        else:
+            target = self.urls["user"]
+            await asyncio.gather(
+                *(self.proxy.add_route(path, target, {"user": path}) for path in add),
+                *(self.proxy.delete_route(path) for path in delete),
+            )
+        return milliseconds(began)
+
+    async def fill(self, size: int) -> None:
+        """Add the users' routes, see that they are served, and only then add the hub's."""
+        paths = routespecs(size)
+        if self.slow:
+            await self._fill_at_once(paths)
+        else:
+            await self.change(paths)
+        for path in (paths[0], paths[size // 2], paths[-1]):
+            wait_until(lambda path=path: fetch(self.port, path)[0] == 200)
+        if self.kind != FLOOR:
+            await self.proxy.add_route("/", self.urls["hub"], {"hub": True})
+
+    async def _fill_at_once(self, paths: list[str]) -> None:
+        """Do what jupyterhub-traefik-proxy does for a route for all, but write its file once."""
+        from jupyterhub_traefik_proxy.traefik_utils import deep_merge
+
+        traefik: dict[str, Any] = {}
+        hub: dict[str, Any] = {}
+        for path in paths:
+            route = self.proxy._dynamic_config_for_route(path, self.urls["user"], {"user": path})
+            deep_merge(traefik, route[0])
+            deep_merge(hub, route[1])
+        await self.proxy._apply_dynamic_config(traefik, hub)
+        await self.proxy._wait_for_route(paths[-1])
+
+    def memory(self) -> float:
+        """Return the resident memory of its process and all below, in MB."""
+        return sum(map(resident_memory, family(getattr(self.proxy, PROCESSES[self.kind]).pid)))
+
+
+@contextlib.asynccontextmanager
+async def running(kind: str, directory: Path, urls: dict[str, str]) -> AsyncIterator[Contestant]:
+    """Start a contestant with an empty table; stop it, and wait for its end, whatever happens."""
+    directory.mkdir(parents=True)
+    made = make_contestant(kind, directory, urls)
+    try:
+        await made.start()
+        yield Contestant(kind, made, urls)
+    finally:
+        stopped = made.stop()
+        if stopped is not None:
+            await stopped
+        if kind == CHP:
+            made.proxy_process.wait(10)
+
+
+async def start_all(
+    stack: contextlib.AsyncExitStack, kinds: Iterable[str], size: int, directory: Path, **urls: str
+) -> list[Contestant]:
+    """Start contestants with tables of one size. The end of the stack stops them."""
+    contestants = []
+    for kind in kinds:
+        new = running(kind, directory / f"{kind}-{size}", urls)
+        contestants.append(await stack.enter_async_context(new))
+        await contestants[-1].fill(size)
+    return contestants
+
+
+def family(pid: int) -> Iterator[int]:
+    """Yield the pids of a process and of all its descendants."""
+    yield pid
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            yield from family(int(child))
+
+
+def resident_memory(pid: int) -> float:
+    """Return the resident memory of one process in MB."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+# What was measured -----------------------------------------------------------------------------
+
+
+class Figures:
+    """All that was measured: one value a round for each part, size, figure and contestant."""
+
+    def __init__(self) -> None:
+        self.rounds: dict[Key, list[float]] = {}
+
+    def note(self, part: str, size: int, figure: str, kind: str, *values: float) -> None:
+        self.rounds.setdefault((part, size, figure, kind), []).extend(values)
+
+    def median(self, *key: Any) -> float | None:
+        values = self.rounds.get(key)
+        return statistics.median(values) if values else None
+
+    def ratio(self, one: Key, other: Key) -> float | None:
+        """Return the median of the ratios in each round; for what is measured alone, of medians."""
+        first, second = self.median(*one) or 0, self.median(*other) or 0
+        if first <= 0 or second <= 0:  # not measured, or memory that did not grow
+            return None
+        if one[0] == ALONE:
+            return first / second
+        rounds = zip(self.rounds[one], self.rounds[other], strict=False)
+        return statistics.median(first / second for first, second in rounds)
+
+    def kinds(self, part: str) -> list[str]:
+        measured = {key[3] for key in self.rounds if key[0] == part}
+        return [kind for kind in CONTESTANTS if kind in measured]
+
+    def sizes(self, part: str) -> list[int]:
+        return sorted({key[1] for key in self.rounds if key[0] == part})
+
+
+class Bar(NamedTuple):
+    """A promise about a ratio and what became of it."""
+
+    what: str
+    sense: str  # "at least" or "at most"
+    required: float
+    measured: float | None
+    details: str
+
+    def verdict(self) -> str:
+        if self.measured is None:
+            return "not measured"
+        within = self.measured >= self.required
+        if self.sense == "at most":
+            within = self.measured <= self.required
+        return "reached" if within else "MISSED"
+
+
+def number(value: float | None) -> str:
+    """Write a figure with about three digits that count."""
+    if value is None:
+        return "-"
+    if abs(value) < 10:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def throughput_bar(figures: Figures, what: str, required: float, one: Any, other: Any) -> Bar:
+    """Compare requests per second at each place; the worst place counts. Pairs: routes, kind."""
+    ratios = {
+        place: figures.ratio(
+            (THROUGHPUT, one[0], f"{RATE}, {place}", one[1]),
+            (THROUGHPUT, other[0], f"{RATE}, {place}", other[1]),
+        )
+        for place in PLACES
+    }
+    known = [ratio for ratio in ratios.values() if ratio]
+    details = ", ".join(f"{place} {number(ratio)}" for place, ratio in ratios.items())
+    return Bar(what, "at least", required, min(known, default=None), details)
+
+
+def make_bars(figures: Figures) -> list[Bar]:
+    """Return the promises of this project with what was measured."""
+    bars = []
+    if sizes := figures.sizes(THROUGHPUT):
+        what = f"requests/s at {sizes[-1]:,} routes to those at {sizes[0]:,}"
+        bars = [throughput_bar(figures, what, 0.85, (sizes[-1], THIS), (sizes[0], THIS))]
+    for size in sizes:
+        what = f"requests/s to CHP's, {size:,} routes"
+        bars.append(throughput_bar(figures, what, 2.5, (size, THIS), (size, CHP)))
+    for size in figures.sizes(CHANGES):
+        keys: list[Key] = [(CHANGES, size, ADD, kind) for kind in (THIS, FLOOR)]
+        one, other = figures.median(*keys[0]), figures.median(*keys[1])
+        details = f"{number(one)} to {number(other)} ms"
+        if one and other:
+            details += f", medians {one / other:.2f}"
+        what = f"add_route to the floor, {size:,} routes"
+        bars.append(Bar(what, "at most", 1.15, figures.ratio(*keys), details))
+    for size in figures.sizes(ALONE):
+        for count in MANY:
+            stall = STALL.format(count)
+            keys = [(ALONE, size, stall, kind) for kind in (THIS, CHP)]
+            details = " to ".join(number(figures.median(*key)) for key in keys)
+            what = f"longest stall to CHP's, {size:,} routes, {count:,} at once"
+            bars.append(Bar(what, "at most", 1, figures.ratio(*keys), f"{details} ms"))
+    return bars
+
+
+def bar_lines(bars: list[Bar]) -> Iterator[str]:
+    yield f"{'the bars (ratios)':58}{'required':>14}{'measured':>10}"
+    for bar in bars:
+        required, measured = f"{bar.sense} {bar.required:.2f}", number(bar.measured)
+        yield f"{bar.what:58}{required:>14}{measured:>10}  {bar.verdict():12}  {bar.details}"
+
+
+def table_lines(figures: Figures, part: str, size: int) -> Iterator[str]:
+    """Yield a table: a row for each figure, medians, the ratios of this proxy to two others."""
+    kinds = figures.kinds(part)
+    others = [kind for kind in (FLOOR, CHP) if kind in kinds]
+    heads = [f"{kind:>12}" for kind in kinds] + [f"{f'to {kind}':>10}" for kind in others]
+    yield f"{f'{part}, {size:,} routes':50}{''.join(heads)}"
+    names = [key[2] for key in figures.rounds if key[:2] == (part, size)]
+    for name in dict.fromkeys(names):
+        cells = [f"{number(figures.median(part, size, name, kind)):>12}" for kind in kinds]
+        this = (part, size, name, THIS)
+        ratios = [figures.ratio(this, (part, size, name, kind)) for kind in others]
+        yield f"{name:50}{''.join(cells)}{''.join(f'{number(ratio):>10}' for ratio in ratios)}"
+
+
+def report(machine: dict[str, str], figures: Figures, left_out: list[str]) -> str:
+    """Return all as text: the machine, the bars, then a table for each part and size."""
+    lines = [", ".join(f"{what} {value}" for what, value in machine.items()), *left_out]
+    lines += ["", *bar_lines(make_bars(figures)), ""]
+    lines += ["the tables: medians, and the ratios of this proxy to the floor and to CHP"]
+    lines += [", ".join(f"{kind} is {name}" for kind, name in FULL_NAMES.items())]
+    for part in (CHANGES, ALONE, THROUGHPUT, BUSY):
+        for size in figures.sizes(part):
+            lines += ["", *table_lines(figures, part, size)]
+    return "\n".join(lines)
+
+
+def as_json(machine: dict[str, str], figures: Figures, left_out: list[str]) -> str:
+    """Return all as JSON. Each figure has its unit in its name."""
+    names = ("part", "routes", "figure", "contestant")
+    measured = [
+        {**dict(zip(names, key, strict=True)), "median": figures.median(*key), "rounds": values}
+        for key, values in figures.rounds.items()
+    ]
+    bars = [{**bar._asdict(), "verdict": bar.verdict()} for bar in make_bars(figures)]
+    content = {"machine": machine, "left out": left_out, "bars": bars, "figures": measured}
+    return json.dumps(content, indent=1)
+
+
+# The plot --------------------------------------------------------------------------------------
+
+COLOURS = {THIS: "#0072b2", FLOOR: "#777777", CHP: "#d55e00", JTP: "#009e73"}
+CENTRED = 'text-anchor="middle"'
+Line = list[tuple[int, float]]  # routes and a figure
+
+
+def plot_panel(title: str, lines: dict[str, Line], logarithmic: bool) -> str:
+    """Draw a line with markers for each contestant, over the number of routes."""
+    width, height = 320, 240
+    sizes = sorted({size for line in lines.values() for size, _ in line})
+    values = [value for line in lines.values() for _, value in line]
+    left, right = math.log10(sizes[0] * 0.8), math.log10(sizes[-1] * 1.25)
+    if logarithmic:
+        bottom, top = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+        top = max(top, bottom + 1)
+        ticks = [10.0**power for power in range(bottom, top + 1)]
+    else:
+        magnitude = 10.0 ** math.floor(math.log10(max(values)))
+        step = magnitude / 2 if max(values) < 4 * magnitude else magnitude
+        bottom, top = 0, math.ceil(max(values) / step) * step
+        ticks = [count * step for count in range(round(top / step) + 1)]
+
+    def x(size: float) -> float:
+        return round((math.log10(size) - left) / (right - left) * width, 1)
+
+    def y(value: float) -> float:
+        value = math.log10(value) if logarithmic else value
+        return round(height - (value - bottom) / (top - bottom) * height, 1)
+
+    drawn = f'<text x="{width / 2}" y="-12" font-weight="bold" {CENTRED}>{title}</text>'
+    for tick in ticks:
+        drawn += f'''<path d="M0 {y(tick)}h{width}" stroke="#ddd"/>
+<text x="-6" y="{y(tick) + 4}" text-anchor="end">{tick:,g}</text>'''
+    for size in sizes:
+        drawn += f'''<path d="M{x(size)} {height}v4" stroke="#333"/>
+<text x="{x(size)}" y="{height + 18}" {CENTRED}>{size:,}</text>'''
+    drawn += f'''<path d="M0 0v{height}h{width}" fill="none" stroke="#333"/>
+<text x="{width / 2}" y="{height + 38}" {CENTRED}>routes</text>'''
+    for kind, line in lines.items():
+        points = [(x(size), y(value)) for size, value in line]
+        path = " ".join(f"{across},{down}" for across, down in points)
+        marks = "".join(f'<circle cx="{across}" cy="{down}" r="3.5"/>' for across, down in points)
+        drawn += f'''<g fill="{COLOURS[kind]}" stroke-width="2"><title>{kind}</title>
+<polyline fill="none" stroke="{COLOURS[kind]}" points="{path}"/>{marks}</g>'''
+    return drawn
+
+
+def plot(figures: Figures, caption: str) -> str:
+    """Return an SVG of requests per second and of the time of a change over routes."""
+    rates: dict[str, Line] = {}
+    times: dict[str, Line] = {}
+    for kind, size in itertools.product(COLOURS, figures.sizes(THROUGHPUT)):
+        places = [figures.median(THROUGHPUT, size, f"{RATE}, {place}", kind) for place in PLACES]
+        if all(places):
+            rates.setdefault(kind, []).append((size, statistics.median(places)))
+    for kind, size in itertools.product(COLOURS, figures.sizes(CHANGES)):
+        if value := figures.median(CHANGES, size, ADD, kind):
+            times.setdefault(kind, []).append((size, value))
+    left = plot_panel("requests a second (more is better)", rates, False) if rates else ""
+    right = plot_panel("add_route in ms (less is better)", times, True) if times else ""
+    legend = ""
+    for index, kind in enumerate(kind for kind in COLOURS if kind in rates or kind in times):
+        name = FULL_NAMES.get(kind, kind)
+        legend += f'<g transform="translate({150 + 165 * index} 378)"><circle r="4" '
+        legend += f'fill="{COLOURS[kind]}"/><text x="8" y="4">{name}</text></g>\n'
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="860" height="400"
+ viewBox="0 0 860 400" font-family="sans-serif" font-size="12" fill="#222">
+<rect width="860" height="400" fill="#fff"/>
+<text x="430" y="22" font-size="16" {CENTRED}>How cost grows with routes</text>
+<text x="430" y="40" fill="#555" {CENTRED}>{html.escape(caption)}</text>
+<g transform="translate(80 78)">{left}</g>
+<g transform="translate(510 78)">{right}</g>
+{legend}</svg>
+"""
+
+
+# One after another, in turns, and each alone ------------------------------------------------------
+
+
+async def measure_changes(
+    figures: Figures, kinds: list[str], size: int, directory: Path, urls: dict[str, str]
+) -> None:
+    """Note what a change costs with each contestant, all of them in this event loop."""
+    rounds = CHANGE_ROUNDS if size <= 1000 else CHANGE_ROUNDS_AT_MOST
+    async with contextlib.AsyncExitStack() as stack:
+        contestants = await start_all(stack, kinds, size, directory, **urls)
+        for turn in range(rounds):
+            contestants.reverse()  # so that nobody always comes after the same
+            taking_part = [each for each in contestants if turn < SLOW_ROUNDS or not each.slow]
+            path = f"/user/new{turn:04d}/"
+            for figure, add, delete in ((ADD, [path], []), ("delete_route, ms", [], [path])):
+                for each in taking_part:
+                    figures.note(CHANGES, size, figure, each.kind, await each.change(add, delete))
+                    if each.slow:
+                        await asyncio.sleep(1)  # its Traefik still reads after delete_route
+
+
+async def longest_stall(stalls: list[float]) -> None:
+    """Note in ms how much later than asked the event loop comes back, until cancelled."""
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(0.001)
+        stalls.append(milliseconds(before) - 1)
+
+
+async def measure_in_process(
+    kind: str, size: int, directory: Path, urls: dict[str, str], counts: tuple[int, ...]
+) -> dict[str, list[float]]:
+    """Return what a contestant costs that has the process to itself."""
+    rounds: dict[str, list[float]] = collections.defaultdict(list)
+    began = time.perf_counter()
+    async with running(kind, directory, urls) as contestant:
+        rounds["start, ms"].append(milliseconds(began))
+        before = resident_memory(os.getpid())
+        await contestant.fill(size)
+        table = resident_memory(os.getpid()) - before
+        rounds["memory of the table in the hub, MB"].append(table)
+        for count in counts:
+            if contestant.slow and count * size > 2000:
+                continue
+            many = [f"/user/many{number:04d}/" for number in range(count)]
+            for _ in range(1 if contestant.slow else ROUNDS):
+                stalls: list[float] = []
+                watch = asyncio.ensure_future(longest_stall(stalls))
+                await asyncio.sleep(0.05)
+                adding, deleting = f"add {count} at once, ms", f"delete {count} at once, ms"
+                rounds[adding].append(await contestant.change(many))
+                rounds[deleting].append(await contestant.change((), many))
+                await asyncio.sleep(0.05)
+                watch.cancel()
+                if kind != FLOOR and count in MANY:  # the floor works in the loop's thread
+                    rounds[STALL.format(count)].append(max(stalls))
+        began = time.perf_counter()
+    rounds["stop, ms"].append(milliseconds(began))
+    return dict(rounds)
+
+
+def run_in_process(*args: Any) -> dict[str, list[float]]:
     logging.disable(logging.ERROR)
-    proxy, figures = contestant(kind, directory, urls), {}
-    began = time.perf_counter()
-    await proxy.start()
-    figures["start"] = (time.perf_counter() - began) * 1000
-    if kind != "floor":
-        await proxy.add_route("/", urls["hub"], {"hub": True})
-    before = resident_memory()
-    names = [f"/user/student{number:04d}/" for number in range(size)]
-    await change(proxy, names)
-    figures["memory"] = resident_memory() - before
-    slow = kind == "JTP"  # seconds a change: fewer of them
-    new = [f"/user/new{number:04d}/" for number in range(3 if slow else 20)]
-    figures["add"] = statistics.median([await change(proxy, [name]) for name in new])
-    figures["delete"] = statistics.median([await change(proxy, (), [name]) for name in new])
-    for count in (10, 50, 200, 1000):
-        if slow and count * size > 2000:
-            continue
-        stalls: list[float] = []
-        watch = asyncio.ensure_future(longest_stall(stalls))
-        await asyncio.sleep(0.05)
-        many = [f"/user/many{number:04d}/" for number in range(count)]
-        figures[f"add {count} at once"] = await change(proxy, many)
-        figures[f"delete {count} at once"] = await change(proxy, (), many)
-        await asyncio.sleep(0.05)
-        watch.cancel()
-        if kind != "floor":  # it works in the loop's thread
-            figures[f"longest stall, {count}"] = max(stalls)
-    began = time.perf_counter()
-    stopped = proxy.stop()
-    if stopped is not None:
-        await stopped
-    figures["stop"] = (time.perf_counter() - began) * 1000
+    return asyncio.run(measure_in_process(*args))
+
+
+def measure_alone(figures: Figures, kind: str, size: int, *args: Any) -> None:
+    """Note what a contestant costs in a new process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+        rounds = pool.submit(run_in_process, kind, size, *args, AT_ONCE).result()
+    for figure, values in rounds.items():
+        figures.note(ALONE, size, figure, kind, *values)
+
+
+# Throughput ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ping_backend(directory: Path) -> Iterator[str]:
+    """Start a Traefik that says OK to every request; yield its URL."""
+    directory.mkdir(parents=True)
+    port = free_port()
+    command = traefik_by_hand(directory, port, ping={"manualRouting": True})
+    router = {"rule": "PathPrefix(`/`)", "service": "ping@internal"}
+    (directory / "rules.toml").write_text(tomli_w.dumps({"http": {"routers": {"ping": router}}}))
+    process = subprocess.Popen(command)
+    try:
+        wait_until(lambda: says_ok(port, "/"))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def says_ok(port: int, path: str) -> bool:
+    try:
+        return fetch(port, path) == (200, "OK")
+    except OSError:
+        return False
+
+
+def wrk_command(wrk: str, port: int, path: str, connections: int, seconds: int) -> list[str]:
+    options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
+    return [wrk, *options, f"http://127.0.0.1:{port}{path}"]
+
+
+def read_wrk(output: str) -> dict[str, float]:
+    """Return what wrk has found; fail where a request failed."""
+    assert not re.search("Socket errors|Non-2xx", output), output
+    figures = {RATE: float(re.search(r"Requests/sec: +([\d.]+)", output)[1])}
+    units = {"us": 0.001, "ms": 1, "s": 1000, "m": 60000}
+    for percent, value, unit in re.findall(r"\b(50|99)% +([\d.]+)(us|ms|s|m)\b", output):
+        figures[f"{percent} % within, ms"] = float(value) * units[unit]
     return figures
 
 
-def measure_in_process(answers: Any, *args: Any) -> None:
+def run_wrk(*options: Any) -> dict[str, float]:
+    answer = subprocess.run(wrk_command(*options), capture_output=True, text=True, check=True)
+    return read_wrk(answer.stdout)
+
+
+def path_at(place: str, size: int) -> str:
+    """Return a path below a user's route, or one that only the hub's route serves."""
+    users = routespecs(size)
+    routes = {"first": users[0], "middle": users[size // 2], "last": users[-1], "hub": "/hub/"}
+    return f"{routes[place]}login"
+
+
+async def measure_throughput(
+    figures: Figures, kinds: list[str], sizes: tuple[int, ...], directory: Path, wrk: str
+) -> None:
+    """Note requests per second and latency with tables of all sizes, which are there at once."""
+    async with contextlib.AsyncExitStack() as stack:
+        url = stack.enter_context(ping_backend(directory / "ping"))
+        tables = [(sizes[0], BACKEND, int(url.split(":")[2]))]  # routes, contestant, port
+        for size in sizes:
+            contestants = await start_all(stack, kinds, size, directory, hub=url, user=url)
+            tables += [(size, each.kind, each.port) for each in contestants]
+        for _, _, port in tables:  # warm up
+            run_wrk(wrk, port, "/", 16, 2)
+        for _ in range(WRK_ROUNDS):
+            tables.reverse()  # so that nobody always comes after the same
+            for place, (size, kind, port) in itertools.product(PLACES, tables):
+                path = path_at(place, size)
+                assert says_ok(port, path)
+                for figure, value in run_wrk(wrk, port, path, 16, SECONDS).items():
+                    figures.note(THROUGHPUT, size, f"{figure}, {place}", kind, value)
+
+
+# Websockets and transfers ---------------------------------------------------------------------
+
+MESSAGE = b"what a kernel may say"
+SENT = bytes([0x81, 0x80 | len(MESSAGE), 0, 0, 0, 0]) + MESSAGE  # a text frame, with a mask of 0
+ECHOED = bytes([0x81, len(MESSAGE)]) + MESSAGE
+HANDSHAKE = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+
+
+class PlainBackend(http.server.BaseHTTPRequestHandler):
+    """A backend that costs little: it sends bytes, swallows bytes, and echoes messages."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    chunk = bytearray(1 << 20)
+
+    def do_GET(self) -> None:
+        if "Upgrade" in self.headers:
+            self.echo()
+        else:
+            self.answer(int(self.path.partition("?bytes=")[2] or 0))
+
+    def do_POST(self) -> None:
+        left, chunk = int(self.headers["Content-Length"]), memoryview(bytearray(1 << 20))
+        while left:
+            left -= self.rfile.readinto(chunk[:left])
+        self.answer(0)
+
+    def answer(self, length: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        for _ in range(length // len(self.chunk)):
+            self.wfile.write(self.chunk)
+
+    def echo(self) -> None:
+        key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        self.send_response(101)
+        self.send_header("Upgrade", "websocket")
+        self.send_header("Connection", "Upgrade")
+        accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        self.send_header("Sec-WebSocket-Accept", accept)
+        self.end_headers()
+        self.close_connection = True
+        while frame := self.rfile.read(len(SENT)):
+            self.wfile.write(ECHOED[:2] + frame[6:])
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def serve_plain(pipe: Any) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), PlainBackend)
+    pipe.send(server.server_port)
+    server.serve_forever()
+
+
+@contextlib.contextmanager
+def plain_backend() -> Iterator[str]:
+    """Start a process that serves a plain backend; yield its URL."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=serve_plain, args=(there,), daemon=True)
+    process.start()
     try:
-        answers.put(asyncio.run(measure(*args)))
-    except Exception:
-        answers.put(traceback.format_exc())
-        raise
+        assert here.poll(60)
+        yield f"http://127.0.0.1:{here.recv()}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def open_websocket(port: int, path: str) -> socket.socket:
+    """Open a websocket and see that messages come back."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    key = base64.b64encode(os.urandom(16)).decode()
+    start = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{HANDSHAKE}Sec-WebSocket-Key: {key}\r\n\r\n"
+    connection.sendall(start.encode())
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        received = connection.recv(4096)
+        assert received, answer
+        answer += received
+    assert answer.startswith(b"HTTP/1.1 101 "), answer
+    echo(connection)
+    return connection
+
+
+def echo(websocket: socket.socket) -> None:
+    """Send a message and wait until it comes back."""
+    websocket.sendall(SENT)
+    assert websocket.recv(len(ECHOED), socket.MSG_WAITALL) == ECHOED
+
+
+def round_trips(port: int, path: str) -> float:
+    """Return how many messages a second go to and fro on one websocket."""
+    count, began = 0, time.perf_counter()
+    with open_websocket(port, path) as websocket:
+        while time.perf_counter() < began + SECONDS:
+            echo(websocket)
+            count += 1
+    return count / SECONDS
+
+
+def transfer(port: int, path: str, upload: bool) -> float:
+    """Send or receive TRANSFER bytes, none of them kept; return how fast, in MB/s."""
+    chunk, received, began = bytearray(1 << 20), 0, time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        if upload:
+            body = itertools.repeat(chunk, TRANSFER // len(chunk))
+            connection.request("POST", path, body, {"Content-Length": str(TRANSFER)})
+        else:
+            connection.request("GET", f"{path}?bytes={TRANSFER}")
+        response = connection.getresponse()
+        while count := response.readinto(chunk):
+            received += count
+    assert (response.status, received) == (200, 0 if upload else TRANSFER)
+    return TRANSFER / 1000 / milliseconds(began)
+
+
+def keep_talking(websockets: list[socket.socket], enough: threading.Event) -> None:
+    """Exchange a message about once a second on each websocket."""
+    for websocket in itertools.cycle(websockets):
+        echo(websocket)
+        if enough.wait(1 / len(websockets)):
+            break
+
+
+async def measure_under_load(
+    figures: Figures, size: int, contestant: Contestant, wrk: str | None
+) -> None:
+    """Note the memory of open websockets, and what a change costs while they and wrk are busy."""
+
+    def note(figure: str, value: float) -> None:
+        figures.note(BUSY, size, figure, contestant.kind, value)
+
+    if wrk:  # what it needs to serve anything is not for websockets
+        run_wrk(wrk, contestant.port, "/hub/login", 4, 1)
+    await asyncio.sleep(SECONDS)
+    before, paths, enough = (
+        contestant.memory(),
+        itertools.cycle(routespecs(size)),
+        threading.Event(),
+    )
+    with contextlib.ExitStack() as stack:
+        websockets = [
+            stack.enter_context(open_websocket(contestant.port, f"{next(paths)}ws"))
+            for _ in range(WEBSOCKETS)
+        ]
+        await asyncio.sleep(SECONDS)
+        memory = contestant.memory()
+        note(f"memory of {WEBSOCKETS} open websockets, MB", memory - before)
+        note("memory of the whole process with them, MB", memory)
+        talking = asyncio.ensure_future(asyncio.to_thread(keep_talking, websockets, enough))
+        stack.callback(enough.set)
+        if wrk:
+            command = wrk_command(wrk, contestant.port, "/hub/login", 4, 600)
+            load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(load)
+            stack.callback(load.kill)
+        await asyncio.sleep(SECONDS)
+        for turn in range(SLOW_ROUNDS if contestant.slow else CHANGE_ROUNDS_AT_MOST):
+            path = f"/user/new{turn:04d}/"
+            note("add_route under load, ms", await contestant.change([path]))
+            await contestant.change((), [path])
+        if wrk:
+            load.send_signal(signal.SIGINT)
+            note("requests/s meanwhile, 4 connections", read_wrk(load.communicate()[0])[RATE])
+        enough.set()
+        await talking
+        for websocket in websockets:
+            echo(websocket)
+
+
+async def measure_busy(
+    figures: Figures, kinds: list[str], size: int, directory: Path, wrk: str | None
+) -> None:
+    """Note what websockets and transfers cost, and changes while there are many."""
+    async with contextlib.AsyncExitStack() as stack:
+        urls = {"user": stack.enter_context(plain_backend())}
+        urls["hub"] = stack.enter_context(ping_backend(directory / "ping"))
+        contestants = await start_all(stack, kinds, size, directory, **urls)
+        for each in contestants:
+            await measure_under_load(figures, size, each, wrk)
+        backend = BACKEND, int(urls["user"].split(":")[2])
+        ports = [backend, *((each.kind, each.port) for each in contestants)]
+        path = routespecs(size)[size // 2]
+        for _ in range(ROUNDS):
+            ports.reverse()
+            for kind, port in ports:
+                values = {
+                    "websocket round trips/s": round_trips(port, f"{path}ws"),
+                    "download of 1 GB, MB/s": transfer(port, path, upload=False),
+                    "upload of 1 GB, MB/s": transfer(port, path, upload=True),
+                }
+                for figure, value in values.items():
+                    figures.note(BUSY, size, figure, kind, value)
+
+
+# The run ----------------------------------------------------------------------------------------
+
+
+def progress(part: str) -> None:
+    """Tell on standard error what is measured now, for the report comes at the end."""
+    print(f"{time.strftime('%H:%M:%S')} measuring: {part}", file=sys.stderr)
+
+
+def version_of(*command: str) -> str:
+    """Return the version that a program tells."""
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return re.search(r"\d+(\.\d+)+", answer.stdout + answer.stderr)[0]
+
+
+def describe_machine(kinds: list[str], wrk: str | None) -> dict[str, str]:
+    """Return what figures depend on."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    machine = {
+        "date": datetime.date.today().isoformat(),
+        "platform": platform.platform(),
+        "CPU": model[1] if model else platform.machine(),
+        "cores": str(os.cpu_count()),
+        "memory in GB": f"{memory:.0f}",
+        "Python": platform.python_version(),
+        "JupyterHub": importlib.metadata.version("jupyterhub"),
+        "traefik-toml-proxy": importlib.metadata.version("traefik-toml-proxy"),
+        "Traefik": version_of(installed_traefik(), "version"),
+    }
+    if CHP in kinds:
+        machine["configurable-http-proxy"] = version_of("configurable-http-proxy", "--version")
+        machine["node"] = version_of("node", "--version")
+    if JTP in kinds:
+        machine["jupyterhub-traefik-proxy"] = importlib.metadata.version("jupyterhub-traefik-proxy")
+    if wrk:
+        machine["wrk"] = version_of(wrk, "-v")
+    return machine
+
+
+WRK = """Running 1s test @ http://127.0.0.1:8000/
+  1 threads and 16 connections
+  Latency Distribution
+     50%  402.00us
+     75%    1.10ms
+     90%    2.00ms
+     99%    1.20s
+  8042 requests in 1.00s, 1.00MB read
+Requests/sec:   8040.50
+"""
+
+
+def test_wrk_is_understood() -> None:
+    assert read_wrk(WRK) == {RATE: 8040.5, "50 % within, ms": 0.402, "99 % within, ms": 1200}
+    for problem in ("  Socket errors: connect 0, read 1", "  Non-2xx or 3xx responses: 3"):
+        with pytest.raises(AssertionError, match=problem):
+            read_wrk(WRK + problem)
+
+
+def test_the_benchmark_reports_what_it_measured() -> None:
+    figures, none_of = Figures(), "left out, because it is not installed: JTP"
+    kinds = {THIS: 1, FLOOR: 1, CHP: 3}.items()
+    for size, (kind, slowness) in itertools.product((10, 5000), kinds):
+        figures.note(CHANGES, size, ADD, kind, size / 10, size / 5, size / 10 * slowness)
+        for place in PLACES[: 0 if kind == FLOOR else 4]:
+            rates = (9000 / slowness, 8000 / slowness, 1)
+            figures.note(THROUGHPUT, size, f"{RATE}, {place}", kind, *rates)
+        if kind != FLOOR:
+            figures.note(ALONE, size, STALL.format(1000), kind, 9 / slowness)
+    verdicts = {bar.what: (bar.measured, bar.verdict()) for bar in make_bars(figures)}
+    assert verdicts == {
+        "requests/s at 5,000 routes to those at 10": (1, "reached"),
+        "requests/s to CHP's, 10 routes": (3, "reached"),
+        "requests/s to CHP's, 5,000 routes": (3, "reached"),
+        "add_route to the floor, 10 routes": (1, "reached"),
+        "add_route to the floor, 5,000 routes": (1, "reached"),
+        "longest stall to CHP's, 10 routes, 200 at once": (None, "not measured"),
+        "longest stall to CHP's, 10 routes, 1,000 at once": (3, "MISSED"),
+        "longest stall to CHP's, 5,000 routes, 200 at once": (None, "not measured"),
+        "longest stall to CHP's, 5,000 routes, 1,000 at once": (3, "MISSED"),
+    }
+    text = report({"platform": "Linux", "cores": "2"}, figures, [none_of])
+    assert text.startswith(f"platform Linux, cores 2\n{none_of}\n\nthe bars")
+    row = f"{'requests/s, first':50}{'8,000':>12}{'2,667':>12}{'3.00':>10}"
+    assert text.count(f"{THROUGHPUT}, ") == 2
+    assert row in text.splitlines()
+    (first, *_) = json.loads(as_json({}, figures, []))["figures"]
+    assert (first["contestant"], first["median"], first["rounds"]) == (THIS, 1, [1, 2, 1])
+    drawing = plot(figures, "2 cores & more")
+    assert len(drawing) < 10_000
+    lines = xml.etree.ElementTree.fromstring(drawing).findall(".//{*}polyline/..")
+    assert [line[0].text for line in lines] == [THIS, CHP, THIS, FLOOR, CHP]
+    xml.etree.ElementTree.fromstring(plot(Figures(), ""))
+
+
+@pytest.mark.process
+async def test_the_benchmark_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"ROUNDS": 1, "WRK_ROUNDS": 1, "SECONDS": 0.05, "WEBSOCKETS": 4, "TRANSFER": 1 << 20}
+    for name, value in {**small, "CHANGE_ROUNDS_AT_MOST": 1}.items():
+        monkeypatch.setitem(globals(), name, value)
+    wrk = tmp_path / "wrk"
+    wrk.write_text(f"#!/bin/sh\ncat <<'END'\n{WRK}END\n")
+    wrk.chmod(0o755)
+    figures = Figures()
+    await measure_throughput(figures, [THIS], (1, 3), tmp_path / "throughput", str(wrk))
+    await measure_busy(figures, [THIS], 3, tmp_path / "busy", None)
+    measured = collections.Counter(key[:2] for key in figures.rounds if key[3] == THIS)
+    assert measured == {(THROUGHPUT, 1): 12, (THROUGHPUT, 3): 12, (BUSY, 3): 6}
+    assert {key[3] for key in figures.rounds} == {THIS, BACKEND}
 
 
 @pytest.mark.benchmark
-def test_benchmark(tmp_path: Path, backends: Backends) -> None:
-    """Print a table of what routes cost with this proxy, its peers and by hand."""
-    kinds = ["this proxy", "floor"]
-    if shutil.which("configurable-http-proxy"):
-        kinds.append("CHP")
-    with contextlib.suppress(ImportError):
-        __import__("jupyterhub_traefik_proxy")
-        kinds.append("JTP")
-    urls = {"hub": backends("hub"), "user": backends("user")}
-    spawn = multiprocessing.get_context("spawn")
-    print(f"\n{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print("times in ms, memory in MB; ratio: this proxy to the floor, and to CHP")
-    for size in (10, 100, 1000):
-        table: dict[str, dict[str, float]] = {}
-        for kind in kinds:
-            directory = tmp_path / f"{kind}-{size}"
-            directory.mkdir()
-            answers = spawn.Queue()
-            args = (answers, kind, size, directory, urls)
-            process = spawn.Process(target=measure_in_process, args=args)
-            process.start()
-            table[kind] = answers.get(timeout=900)
-            process.join()
-            assert isinstance(table[kind], dict), table[kind]
-        print(
-            f"\n{f'{size} routes':24}" + "".join(f"{kind:>12}" for kind in kinds) + "       ratios"
-        )
-        for figure in table["this proxy"]:
-            row = [table[kind].get(figure) for kind in kinds]
-            cells = "".join("           -" if n is None else f"{n:12.1f}" for n in row)
-            ratios = [f"{row[0] / n:6.2f}" if n else "     -" for n in row[1:3]]
-            print(f"{figure:24}{cells}  {' '.join(ratios)}")
+async def test_benchmark(
+    tmp_path: Path,
+    backends: Backends,
+    monkeypatch: pytest.MonkeyPatch,
+    pytestconfig: pytest.Config,
+) -> None:
+    """Measure this proxy, its peers and what is done by hand; print ratios, then all figures."""
+    programs = os.path.dirname(installed_traefik())  # jupyterhub-traefik-proxy looks on PATH
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    installed = {
+        CHP: shutil.which("configurable-http-proxy"),
+        JTP: importlib.util.find_spec("jupyterhub_traefik_proxy"),
+        "wrk": shutil.which("wrk"),
+    }
+    missing = [name for name in installed if not installed[name]]
+    names = [FULL_NAMES.get(name, name) for name in missing]
+    left_out = [f"left out, because it is not installed: {name}" for name in names]
+    proxies = [THIS, *(kind for kind in (CHP, JTP) if installed[kind])]
+    kinds = [THIS, FLOOR, *proxies[1:]]
+    figures, urls = Figures(), {"hub": backends("hub"), "user": backends("user")}
+    logging.disable(logging.ERROR)
+    try:
+        for size in SIZES:
+            progress(f"{CHANGES}, {size:,} routes")
+            await measure_changes(figures, kinds, size, tmp_path / "changes", urls)
+        for size, kind in itertools.product(SIZES, kinds):
+            progress(f"{ALONE}, {size:,} routes, {kind}")
+            measure_alone(figures, kind, size, tmp_path / "alone" / f"{kind}-{size}", urls)
+        if wrk := installed["wrk"]:
+            progress(THROUGHPUT)
+            await measure_throughput(figures, proxies, SIZES, tmp_path / "throughput", wrk)
+        progress(BUSY)
+        await measure_busy(figures, proxies, BUSY_SIZE, tmp_path / "busy", wrk)
+    finally:
+        logging.disable(logging.NOTSET)
+    machine = describe_machine(proxies, wrk)
+    print(f"\n{report(machine, figures, left_out)}")
+    caption = f"{machine['cores']} cores, Traefik {machine['Traefik']}, {machine['date']}"
+    texts = {"--json": as_json(machine, figures, left_out), "--svg": plot(figures, caption)}
+    for option, text in texts.items():
+        if path := pytestconfig.getoption(option):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
