@@ -325,11 +325,11 @@ Table = dict[str, Any]
 def tree_of(routespecs: Iterable[str]) -> dict[str, Table]:
     """Return the routers of a tree, those of groups and those of routes, as Traefik gets them."""
     keys = {routespec: proxy.tree_key(routespec) for routespec in routespecs}
-    text, parents = proxy.route_tree(keys.values(), ("root",))
+    text, parents = proxy.route_tree(keys.values(), '"root"')
     routers: dict[str, Table] = tomli.loads(text).get("http", {}).get("routers", {})
     for routespec, key in keys.items():
         rule, priority = proxy.route_rule(routespec, True)
-        own = {"rule": rule, "service": routespec, "parentRefs": list(parents[key])}
+        own = {"rule": rule, "service": routespec, "parentRefs": json.loads(f"[{parents[key]}]")}
         routers[proxy.route_name(routespec)] = own | ({"priority": priority} if priority else {})
     return routers
 

@@ -56,6 +56,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
+from functools import lru_cache
 from http.client import HTTPException, HTTPResponse
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -160,7 +161,7 @@ class Route(NamedTuple):
     """A route as it is in the file, but for the line that says where its router belongs."""
 
     line: str  # what JupyterHub wants back: [routespec, target, data] as JSON
-    tables: str  # TOML for Traefik; the router's is the last one
+    text: str  # that line as a comment, and tables for Traefik; the router's is the last one
     key: str  # its place in the order of the tree
 
 
@@ -271,23 +272,24 @@ def make_route(
     server, prefix = split_target(target)
     name = route_name(routespec)
     line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("\x7f", "\\u007f")
-    tables = ""
+    line = no_template(line)
+    text = f"\n{ROUTE}{line}\n"
     if transport and server.startswith("https:"):
-        tables += f"[http.services.{name}.loadBalancer]\n{transport}\n"
-    tables += f"""[[http.services.{name}.loadBalancer.servers]]
+        text += f"[http.services.{name}.loadBalancer]\n{transport}\n"
+    text += f"""[[http.services.{name}.loadBalancer.servers]]
 url = "{server}"
 """
     if prefix:
-        tables += f"[http.middlewares.{name}.addPrefix]\nprefix = {toml_string(prefix)}\n"
-    tables += f"""[http.routers.{name}]
+        text += f"[http.middlewares.{name}.addPrefix]\nprefix = {toml_string(prefix)}\n"
+    text += f"""[http.routers.{name}]
 rule = '{rule}'
 service = "{name}"
 """
     if priority:
-        tables += f"priority = {priority}\n"
+        text += f"priority = {priority}\n"
     if prefix:
-        tables += f'middlewares = ["{name}"]\n'
-    return Route(no_template(line), tables, tree_key(routespec))
+        text += f'middlewares = ["{name}"]\n'
+    return Route(line, text, tree_key(routespec))
 
 
 # Traefik tries the routers of a table in a line. So routes are put into groups, and groups into
@@ -328,7 +330,8 @@ def halve(keys: Sequence[str], start: int, end: int) -> tuple[Node, int]:
     return node, bisect_left(keys, text + chr(cut), start, end)
 
 
-def carve(node: Node, keys: Sequence[str], size: int) -> dict[Node, list[str]]:
+@lru_cache(maxsize=512)  # a change concerns few nodes
+def carve(node: Node, keys: tuple[str, ...], size: int) -> Mapping[Node, tuple[str, ...]]:
     """Divide the sorted keys of a node among narrower nodes; the node keeps what is left over.
 
     A node is chosen when the number of keys in it reaches a multiple of the size that neither half
@@ -345,7 +348,7 @@ def carve(node: Node, keys: Sequence[str], size: int) -> dict[Node, list[str]]:
     parts: dict[Node, list[str]] = defaultdict(list)
     for key, owner in zip(keys, owners, strict=True):
         parts[owner].append(key)
-    return parts
+    return {part: tuple(inside) for part, inside in parts.items()}
 
 
 def node_rule(node: Node) -> str:
@@ -367,44 +370,51 @@ def node_rule(node: Node) -> str:
     return f"HostRegexp(`^{pattern}`)" + (f" && !Host(`{whole}`)" if whole else "")
 
 
-Names = tuple[str, ...]
+@lru_cache(maxsize=8192)
+def node_router(node: Node, size: int, parents: str) -> tuple[str, str]:
+    """Return the name of a node's router and its TOML."""
+    text, low, high = node
+    path = text.replace("\0", "/")
+    name = f"{route_name(path)}--{low:x}-{high:x}-{size}_"
+    narrow = 32 * len(text) + (22 - (high - low).bit_length() if high else 0)
+    return (
+        name,
+        f"""[http.routers.{name}]
+rule = '{node_rule(node)}'
+priority = {1_000_000 + narrow}
+parentRefs = [{parents}]
+""",
+    )
 
 
-def route_tree(keys: Iterable[str], roots: Names) -> tuple[str, dict[str, Names]]:
+def route_tree(keys: Iterable[str], roots: str) -> tuple[str, dict[str, str]]:
     """Put routes into groups. Return the groups' routers as TOML, and the parents of each key.
 
     The routes that enclose all of a group, such as the hub's, are in it, too: so each group answers
-    what the whole table would. All keys have a host or none has.
+    what the whole table would. All keys have a host or none has. Parents are names in TOML.
     """
-    ordered = sorted(set(keys))
-    parents: dict[str, Names] = dict.fromkeys(ordered, ())
+    ordered = tuple(sorted(dict.fromkeys(keys)))
+    parents = dict.fromkeys(ordered, "")
     size, routers = GROUP, ""
     while 2 * GROUP * size <= len(ordered):
         size *= GROUP
-    groups: list[tuple[Node, list[str], int, Names]] = [(("", 0, 0), ordered, size, roots)]
-    for node, inside, size, names in groups:
-        parts: dict[Node, list[str]] = {}
+    groups: list[tuple[Node, tuple[str, ...], int, str]] = [(("", 0, 0), ordered, size, roots)]
+    for node, inside, size, above in groups:
+        parts: dict[Node, tuple[str, ...]] = {}
         while len(inside) > 2 * GROUP and size > 1 and not parts:
-            parts = carve(node, inside, size)
-            inside, size = parts.pop(node, []), size // GROUP
+            parts = dict(carve(node, inside, size))
+            inside, size = parts.pop(node, ()), size // GROUP
         if parts and len(inside) > GROUP:
             parts[node] = inside  # a group with the same rule, which comes last
         else:
             text = node[0] + "\0"
             enclosing = {text[:place] for place, char in enumerate(text) if char == "\0"}
             for key in {*inside, *(enclosing & parents.keys())}:
-                parents[key] += names
+                parents[key] += f", {above}" if parents[key] else above
         for part, below in parts.items():
-            text, low, high = part
-            narrow = 32 * len(text) + (22 - (high - low).bit_length() if high else 0)
-            path = text.replace("\0", "/")
-            name = f"{route_name(path)}--{low:x}-{high:x}-{size}_"
-            routers += f"""[http.routers.{name}]
-rule = '{node_rule(part)}'
-priority = {1_000_000 + narrow}
-parentRefs = {json.dumps(names)}
-"""
-            groups.append((part, below, size, (name,)))
+            name, router = node_router(part, size, above)
+            routers += router
+            groups.append((part, below, size, f'"{name}"'))
     return routers, parents
 
 
@@ -890,8 +900,10 @@ class TraefikProcess:
 # A router that matches nothing, renamed by each write. When the API shows the new rule, Traefik
 # has loaded that write; when it shows an error, the routes on the same entry point have it too.
 CANARY = "jupyterhub-revision_"
+# A router that answers 418 at a path that each write changes: it costs no password to ask it.
+MARK = "jupyterhub-mark_"
 PARENTS: Version = (3, 6, 0)  # the first Traefik whose routers can have parents
-ROOTS = ("jupyterhub-pages", "jupyterhub-rest")  # parents of all routes below the hub's
+ROOTS = '"jupyterhub-pages", "jupyterhub-rest"'  # parents of all routes below the hub's
 SECURE = 'serversTransport = "jupyterhub"'
 RENEWAL = 20  # seconds between two looks at the certificate
 
@@ -939,6 +951,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     @property
     def _https(self) -> bool:  # without ssl_cert JupyterHub turns https into http in public_url
         return "https" in (self.traefik_entrypoint, self._default_entrypoint())
+
+    @property
+    def _opens_api(self) -> bool:
+        return bool(self.should_start or self.enable_setup_dynamic_config)
 
     @default("traefik_api_url")
     def _default_api_url(self) -> str:
@@ -1176,8 +1192,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _check_options(self) -> None:
         """Check options; know the API and what the dynamic file holds beside routes."""
-        api_is_open = self.should_start or not self.enable_setup_dynamic_config
-        if not (api_is_open or self.traefik_api_password):
+        if not self.should_start and self._opens_api and not self.traefik_api_password:
             options = f"c.{type(self).__name__}.traefik_api_username and .traefik_api_password"
             raise ValueError(f"should_start is False and has no credentials: set {options}")
         if self.traefik_entrypoint == self.traefik_api_entrypoint:
@@ -1327,7 +1342,7 @@ caServer = {toml_string(self.letsencrypt_ca_server)}
         entry = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]"
         api = f"entryPoints = [{toml_string(self.traefik_api_entrypoint)}]"
         text = ""
-        if self.should_start or self.enable_setup_dynamic_config:
+        if self._opens_api:
             user = f"{self.traefik_api_username}:{self.traefik_api_hashed_password}"
             text = f"http.middlewares.jupyterhub-api.basicAuth.users = [{toml_string(user)}]\n"
             rules = {"api": "PathPrefix(`/api`) || PathPrefix(`/dashboard`)"}
@@ -1352,7 +1367,7 @@ http.serversTransports.jupyterhub.certificates = [{certs["proxy-client"]}]
             # HTML of the hub for people in place of Traefik's bare "Bad Gateway". All routes are
             # below two routers, so that other requests, such as websockets, pass no middleware. A
             # parent has to have a child.
-            none = f'service = "noop@internal", parentRefs = {json.dumps(ROOTS)}'
+            none = f'service = "noop@internal", parentRefs = [{ROOTS}]'
             base = path_of(self.hub.routespec)
             rule, weight = route_rule(base, partly_encoded=True)[0], len(f"PathPrefix(`{base}`)")
             html = f"{rule} && HeaderRegexp(`Accept`, `text/html`)"
@@ -1436,12 +1451,11 @@ query = {query}
         """Return the routes' part of the dynamic file."""
         base, has_tree = path_of(self.hub.routespec), self._version >= PARENTS
         below = {spec for spec in routes if has_tree and path_of(spec).startswith(base)}
-        groups, parents = route_tree((routes[spec].key for spec in below), ROOTS)
-        text = [groups]
-        entry = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]"
-        for routespec, (line, tables, key) in routes.items():
-            place = f"parentRefs = {json.dumps(parents[key])}" if routespec in below else entry
-            text.append(f"\n{ROUTE}{line}\n{tables}{place}\n")
+        routers, parents = route_tree((routes[spec].key for spec in below), ROOTS)
+        text = [routers]
+        entry = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]\n"
+        for routespec, (_, tables, key) in routes.items():
+            text += tables, f"parentRefs = [{parents[key]}]\n" if routespec in below else entry
         return "".join(text)
 
     def _commit(self, batch: Batch) -> dict[int, ValueError]:
@@ -1463,7 +1477,7 @@ query = {query}
         changed = routes != self._routes or signature(self._file) != self._written
         if changed or not self._confirmed:
             self._write_routes(routes)
-        self._wait_for_traefik()
+        self._wait_for_traefik(quick=bool(batch) and self._opens_api)
         if changed:
             self.log.info("Traefik serves %i routes, after %i changes", len(routes), len(batch))
         return refused
@@ -1484,6 +1498,14 @@ service = "noop@internal"
         if self.letsencrypt_domains:  # on one router, for each one costs
             names = [f"{{main = {toml_string(name)}}}" for name in self.letsencrypt_domains]
             canary += f'tls = {{certResolver = "letsencrypt", domains = [{", ".join(names)}]}}\n'
+        if self._opens_api:
+            canary += f"""
+[http.routers.{MARK}]
+rule = "Path(`/{self._revision}`)"
+priority = 1000000
+entryPoints = [{toml_string(self.traefik_api_entrypoint)}]
+service = "noop@internal"
+"""
         routing = self._render_routes(routes)
         text = "".join((self._foreign, "\n", self._head, routing, canary, END, "\n"))
         self._confirmed = False
@@ -1491,25 +1513,34 @@ service = "noop@internal"
         self._written = replace_file(self._file, text, RULES, keep_mode=not self.should_start)
         self._routes = routes
 
-    def _wait_for_traefik(self) -> None:
-        """Return when Traefik serves what was written last, or raise with what is wrong."""
+    def _wait_for_traefik(self, quick: bool = False) -> None:
+        """Return when Traefik serves what was written last, or raise with what is wrong.
+
+        With ``quick``, once it is known that Traefik takes the routes, the mark tells first.
+        """
         began, elapsed, helped, process = time.monotonic(), 0.0, 0.0, self._process
         problem: APIError | None = None
+        router: Table = {}
         while not problem or elapsed < self.check_route_timeout:
-            # A third of what Traefik took of late, then a fifteenth of the time so far: few
-            # requests while it works, and little delay.
-            pause = max(0.3 * self._pace - elapsed, elapsed / 15, 0.0003)
+            # Most of what Traefik took of late, then a twentieth of the time so far: few requests
+            # while it works, and little delay.
+            pause = max(0.6 * self._pace - elapsed, elapsed / 20, 0.0003)
             if self._closing.wait(min(pause, 0.05)):
                 raise RuntimeError("the proxy was stopped before Traefik loaded the change")
             if process and not process.served and not process.kill(0):  # it ended at once
                 raise RuntimeError(process.last_words())
             try:
                 patience = min(max(self.check_route_timeout - elapsed, 0.1), 1)  # bcrypt: 0.2 s
-                router = self._api.get(f"/api/http/routers/{CANARY}@file", patience)
-                if self._revision in str(router.get("rule")):
-                    break
+                if quick and elapsed < 0.3 + 5 * self._pace:
+                    self._api.read(f"/{self._revision}", patience, HTTPResponse.read)
+                else:
+                    router = self._api.get(f"/api/http/routers/{CANARY}@file", patience)
+                    if self._revision in str(router.get("rule")):
+                        break
                 problem = APIError(f"{self._api.url} shows an older version of the file", 200)
             except APIError as error:
+                if error.status == 418:
+                    break
                 problem = error
             if signature(self._file) != self._written:  # somebody was there before Traefik was
                 try:
