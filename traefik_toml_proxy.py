@@ -57,7 +57,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from functools import lru_cache
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -602,6 +602,11 @@ class TraefikAPI:
         context = ssl.create_default_context(cafile=ca or None) if url[:6] == "https:" else None
         if context and not check:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        place = urlsplit(self.url)
+        self.kept = HTTPConnection(place.hostname or "", place.port)
+        if context:
+            self.kept = HTTPSConnection(place.hostname or "", place.port, context=context)
+        self.kept.response_class = _Answer
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(_Handler(context=context))
 
@@ -617,6 +622,20 @@ class TraefikAPI:
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             raise APIError(f"{self.url} cannot be reached ({reason})") from None
+
+    def status(self, path: str, timeout: float) -> int:
+        """Return the status of the answer at a path, on a connection that stays open; 0 if none."""
+        self.kept.timeout = timeout
+        try:
+            if self.kept.sock:
+                self.kept.sock.settimeout(timeout)
+            self.kept.request("GET", path)
+            response = self.kept.getresponse()
+            response.read()
+            return response.status
+        except (OSError, HTTPException, ValueError):
+            self.kept.close()
+            return 0
 
     def get(self, path: str, timeout: float) -> Table:
         """Return the JSON object at a path, of 4 MiB at most. Raises ``APIError``."""
@@ -1238,6 +1257,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _clean_up(self, remove_dynamic: bool = True) -> None:
         """Stop the process, remove the files, but not what other people wrote."""
+        if self._ready:
+            self._api.kept.close()
         self._ready = False
         if not self._process:
             return
@@ -1531,16 +1552,15 @@ service = "noop@internal"
                 raise RuntimeError(process.last_words())
             try:
                 patience = min(max(self.check_route_timeout - elapsed, 0.1), 1)  # bcrypt: 0.2 s
-                if quick and elapsed < 0.3 + 5 * self._pace:
-                    self._api.read(f"/{self._revision}", patience, HTTPResponse.read)
+                if quick and elapsed < min(0.3 + 5 * self._pace, self.check_route_timeout / 2):
+                    if self._api.status(f"/{self._revision}", patience) == 418:
+                        break
                 else:
                     router = self._api.get(f"/api/http/routers/{CANARY}@file", patience)
                     if self._revision in str(router.get("rule")):
                         break
-                problem = APIError(f"{self._api.url} shows an older version of the file", 200)
+                    problem = APIError(f"{self._api.url} shows an older version of the file", 200)
             except APIError as error:
-                if error.status == 418:
-                    break
                 problem = error
             if signature(self._file) != self._written:  # somebody was there before Traefik was
                 try:
@@ -1548,7 +1568,7 @@ service = "noop@internal"
                 except OSError as error:
                     problem = APIError(str(error))
             elapsed = time.monotonic() - began
-            if process and elapsed > helped + 0.3 + 5 * self._pace:
+            if process and problem and elapsed > helped + 0.3 + 5 * self._pace:
                 due = min(self.check_route_timeout / 2, 2 if problem.status else 60)
                 if problem.status in (200, 401):  # it has read a file before, so SIGHUP is handled
                     self.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._file)
