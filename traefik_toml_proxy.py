@@ -1543,9 +1543,9 @@ service = "noop@internal"
         problem: APIError | None = None
         router: Table = {}
         while not problem or elapsed < self.check_route_timeout:
-            # Most of what Traefik took of late, then a twentieth of the time so far: few requests
+            # Half of what Traefik took of late, then a fortieth of the time so far: few requests
             # while it works, and little delay.
-            pause = max(0.6 * self._pace - elapsed, elapsed / 20, 0.0003)
+            pause = max(0.5 * self._pace - elapsed, elapsed / 40, 0.0003)
             if self._closing.wait(min(pause, 0.05)):
                 raise RuntimeError("the proxy was stopped before Traefik loaded the change")
             if process and not process.served and not process.kill(0):  # it ended at once
