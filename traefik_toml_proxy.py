@@ -11,7 +11,8 @@ Every change of a route replaces ``rules.toml`` and waits until Traefik's API sh
 file is in force. The rooms of this module, in reading order, and what each may touch:
 
 - credentials: the APR1 hash of the API's password, a placeholder certificate. Nothing.
-- routes: from a JupyterHub route to a Traefik rule and its TOML text. Nothing.
+- routes: from a JupyterHub route to a Traefik rule and its TOML text; the tree of a large table.
+  Nothing.
 - files: read and atomically replace a file, merge tables. The file system.
 - Traefik API: GET one answer, JSON or metrics. The network.
 - Traefik process: find, start, adopt, watch and stop the program. Processes, the pid file.
@@ -297,7 +298,7 @@ service = "{name}"
 GROUP = 10  # routes and groups in a group; some have more than twice as many
 
 # What a group's requests begin with: a text, and a character from one code to another; with 0 and
-# 0 there is no such character. Texts have \\0 for a slash, so that it comes before all others.
+# 0 there is no such character. Texts have \0 for a slash, so that it comes before all others.
 Node = tuple[str, int, int]
 
 
@@ -377,14 +378,12 @@ def node_router(node: Node, size: int, parents: str) -> tuple[str, str]:
     path = text.replace("\0", "/")
     name = f"{route_name(path)}--{low:x}-{high:x}-{size}_"
     narrow = 32 * len(text) + (22 - (high - low).bit_length() if high else 0)
-    return (
-        name,
-        f"""[http.routers.{name}]
+    router = f"""[http.routers.{name}]
 rule = '{node_rule(node)}'
 priority = {1_000_000 + narrow}
 parentRefs = [{parents}]
-""",
-    )
+"""
+    return name, router
 
 
 def route_tree(keys: Iterable[str], roots: str) -> tuple[str, dict[str, str]]:
