@@ -302,6 +302,16 @@ GROUP = 10  # routes and groups in a group; some have more than twice as many
 Node = tuple[str, int, int]
 
 
+def gently(items: Iterable[Result]) -> Iterator[Result]:
+    """Yield items, and let the hub's event loop go on in between: it shares Python's lock."""
+    began = time.perf_counter()
+    for item in items:
+        yield item
+        if time.perf_counter() - began > 0.0005:
+            time.sleep(0.00005)
+            began = time.perf_counter()
+
+
 def tree_key(routespec: str) -> str:
     """Return the host and the decoded path of a routespec as one text to sort and group by."""
     host, _, path = routespec.partition("/")
@@ -340,14 +350,14 @@ def carve(node: Node, keys: tuple[str, ...], size: int) -> Mapping[Node, tuple[s
     """
     owners = [node] * len(keys)
     ranges = [(0, len(keys))]
-    for start, end in ranges:
+    for start, end in gently(ranges):
         if end - start >= size:
             inner, middle = halve(keys, start, end)
             if (end - start) // size > (middle - start) // size + (end - middle) // size:
                 owners[start:end] = [inner] * (end - start)  # some go to its halves, next
             ranges += (start, middle), (middle, end)
     parts: dict[Node, list[str]] = defaultdict(list)
-    for key, owner in zip(keys, owners, strict=True):
+    for key, owner in gently(zip(keys, owners, strict=True)):
         parts[owner].append(key)
     return {part: tuple(inside) for part, inside in parts.items()}
 
@@ -398,12 +408,12 @@ def route_tree(keys: Iterable[str], roots: str) -> tuple[str, dict[str, str]]:
     while 2 * GROUP * size <= len(ordered):
         size *= GROUP
     groups: list[tuple[Node, tuple[str, ...], int, str]] = [(("", 0, 0), ordered, size, roots)]
-    for node, inside, size, above in groups:
+    for node, inside, size, above in gently(groups):
         parts: dict[Node, tuple[str, ...]] = {}
         while len(inside) > 2 * GROUP and size > 1 and not parts:
             parts = dict(carve(node, inside, size))
             inside, size = parts.pop(node, ()), size // GROUP
-        if parts and len(inside) > GROUP:
+        if inside and (above == roots or (parts and len(inside) > GROUP)):
             parts[node] = inside  # a group with the same rule, which comes last
         else:
             text = node[0] + "\0"
@@ -1045,12 +1055,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         await self._be_ready()
         if self.should_start and self.track_last_activity:
             await asyncio.shield(self._submit(self._note_activity))
-        routes: dict[str, Table] = {}
-        for routespec, target, data in (json.loads(route.line) for route in self._routes.values()):
-            if active := self._activity.get(route_name(routespec)):
-                data["last_activity"] = active
-            routes[routespec] = {"routespec": routespec, "target": target, "data": data}
-        return routes
+        return await asyncio.to_thread(self._copy_routes)
 
     async def check_routes(self, user_dict: Any, service_dict: Any, routes: Any = None) -> None:
         """Check file and Traefik, then the routes: what others changed is written again."""
@@ -1444,6 +1449,15 @@ query = {query}
             self._write_routes(self._routes)
             self._wait_for_traefik()
 
+    def _copy_routes(self) -> dict[str, Table]:
+        routes: dict[str, Table] = {}
+        for route in gently(self._routes.values()):
+            routespec, target, data = json.loads(route.line)
+            if active := self._activity.get(route_name(routespec)):
+                data["last_activity"] = active
+            routes[routespec] = {"routespec": routespec, "target": target, "data": data}
+        return routes
+
     def _note_activity(self) -> None:
         """Note by Traefik's metrics which services had requests since it was asked last."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
@@ -1470,11 +1484,15 @@ query = {query}
     def _render_routes(self, routes: Mapping[str, Route]) -> str:
         """Return the routes' part of the dynamic file."""
         base, has_tree = path_of(self.hub.routespec), self._version >= PARENTS
-        below = {spec for spec in routes if has_tree and path_of(spec).startswith(base)}
-        routers, parents = route_tree((routes[spec].key for spec in below), ROOTS)
+        below = {
+            routespec: route.key
+            for routespec, route in gently(routes.items())
+            if has_tree and path_of(routespec).startswith(base)
+        }
+        routers, parents = route_tree(below.values(), ROOTS)
         text = [routers]
         entry = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]\n"
-        for routespec, (_, tables, key) in routes.items():
+        for routespec, (_, tables, key) in gently(routes.items()):
             text += tables, f"parentRefs = [{parents[key]}]\n" if routespec in below else entry
         return "".join(text)
 
@@ -1486,7 +1504,7 @@ query = {query}
             raise RuntimeError("the proxy was stopped before it could change routes")
         routes = dict(self._routes)
         refused: dict[int, ValueError] = {}
-        for index, (routespec, change) in enumerate(batch):
+        for index, (routespec, change) in enumerate(gently(batch)):
             try:
                 if change is None:
                     routes.pop(routespec, None)
