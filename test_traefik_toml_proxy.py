@@ -670,6 +670,46 @@ def test_an_endless_answer_is_read_up_to_a_bound(head: bytes, more: bytes) -> No
     assert sent_to_get(head, more * (1 << 20), 0, 20, "cannot be reached|not as Traefik's") < 90
 
 
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"HTTP/1.1 418 Tea\r\nContent-Length: 1\r\n\r\nx", 418),
+        (b"HTTP/1.1 404 No\r\n\r\n", 404),
+        (OK + b"Content-Length: 99\r\n\r\nx", 0),
+        (OK + b"\r\n" + b"x" * 1_000_000, 200),
+        (b"SSH-2.0-OpenSSH\r\n", 0),
+        (b"", 0),
+        (None, 0),
+    ],
+)
+def test_a_status_is_told_again_and_again(answer: bytes | None, status: int) -> None:
+    with answering(answer) as (url, requests):
+        api = proxy.TraefikAPI(url, "user", "secret", True)
+        assert [api.status("/x", 0.3) for _ in range(3)].count(status) >= 2  # it may close late
+        api.kept.close()
+    assert requests
+    assert not any(b"Authorization" in request for request in requests)
+
+
+def test_a_status_that_drips_does_not_hold_a_thread() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        api = proxy.TraefikAPI(f"http://127.0.0.1:{server.getsockname()[1]}", "", "", True)
+        thread = threading.Thread(target=drip, args=(server,), daemon=True)
+        thread.start()
+        began = time.monotonic()
+        assert api.status("/", 0.3) == 0
+        assert time.monotonic() - began < 10
+    thread.join()
+
+
+def drip(server: socket.socket) -> None:
+    client, _ = server.accept()
+    with client, contextlib.suppress(OSError):
+        for _ in range(3000):
+            client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            time.sleep(0.01)
+
+
 def test_the_api_is_asked_directly_with_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     with answering(b'HTTP/1.1 200 OK\r\n\r\n{"a": 1}') as (url, requests):
@@ -2182,6 +2222,34 @@ def nearest(path: str) -> str:
     """Return the name whose route JupyterHub's default proxy would take for a path."""
     taken = [name for name in HARD_NAMES if chp_matches(f"/user/{urllib.parse.quote(name)}/", path)]
     return max(taken, key=lambda name: name.count("/"), default="hub")
+
+
+@pytest.mark.process
+async def test_the_mark_tells_nobody_anything(managed: TraefikTomlProxy) -> None:
+    await managed.add_route("/user/a/", "http://127.0.0.1:9", {})
+    api = urllib.parse.urlsplit(managed.traefik_api_url).port or 0
+    rules = files_of(managed)[1]
+    (path,) = re.findall("Path\\(`(/[0-9a-f]{16})`\\)", rules.read_text())
+    assert fetch(api, path)[0] == 418
+    assert who(port_of(managed), path) == "hub"
+    await managed.delete_route("/user/a/")
+    assert fetch(api, path)[0] == 404
+    assert path not in rules.read_text()
+
+
+@pytest.mark.process
+async def test_a_mark_that_cannot_be_seen_is_done_without(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    catch_all = {"rule": "PathPrefix(`/`)", "priority": 2_000_000, "service": "api@internal"}
+    guard = {"entryPoints": ["auth_api"], "middlewares": ["jupyterhub-api"]}
+    extra = {"http": {"routers": {"all": {**catch_all, **guard}}}}
+    made = make_proxy(extra_dynamic_config=extra)
+    await made.start()
+    await made.add_route("/", backends("hub"), {})
+    await made.add_route("/user/a/", backends("a"), {})
+    assert who(port_of(made), "/user/a/") == "a"
+    assert who(port_of(made), "/user/b/") == "hub"
 
 
 LARGE = [("3.4.1", False), ("3.6.4", False), ("newest", False), ("newest", True)]

@@ -640,7 +640,7 @@ class TraefikAPI:
                 self.kept.sock.settimeout(timeout)
             self.kept.request("GET", path)
             response = self.kept.getresponse()
-            response.read()
+            response.read(1 << 16)
             return response.status
         except (OSError, HTTPException, ValueError):
             self.kept.close()
@@ -1012,6 +1012,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._written: Signature | None = None
         self._revision, self._confirmed = "", False  # of what was written; whether it is served
         self._pace = 0.001  # seconds that Traefik took of late
+        self._mark_works = False  # whether Traefik answers at the mark when it has read it
         self._certificate: list[Signature | None] = []  # what Traefik has read
         self._asked: tuple[int, dict[str, float]] | None = None  # Traefik's pid, its requests
         self._activity: dict[str, str | None] = {}  # by service, ISO 8601
@@ -1515,7 +1516,7 @@ query = {query}
         changed = routes != self._routes or signature(self._file) != self._written
         if changed or not self._confirmed:
             self._write_routes(routes)
-        self._wait_for_traefik(quick=bool(batch) and self._opens_api)
+        self._wait_for_traefik(quick=bool(batch) and self._mark_works)
         if changed:
             self.log.info("Traefik serves %i routes, after %i changes", len(routes), len(batch))
         return refused
@@ -1598,6 +1599,8 @@ service = "noop@internal"
                 f"Traefik did not load {self._file} within {self.check_route_timeout:g} s "
                 f"(check_route_timeout): {self._diagnose(problem)}"
             )
+        if router:
+            self._mark_works = self._api.status(f"/{self._revision}", 1) == 418
         if router.get("status") == "disabled":
             raise RuntimeError(
                 f"Traefik refuses the routes in {self._file}: {router.get('error')} "
