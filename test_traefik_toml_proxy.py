@@ -326,6 +326,7 @@ def tree_of(routespecs: Iterable[str]) -> dict[str, Table]:
     """Return the routers of a tree, those of groups and those of routes, as Traefik gets them."""
     keys = {routespec: proxy.tree_key(routespec) for routespec in routespecs}
     text, parents = proxy.route_tree(keys.values(), '"root"')
+    assert "{{" not in text  # it is a Go template, too
     routers: dict[str, Table] = tomli.loads(text).get("http", {}).get("routers", {})
     for routespec, key in keys.items():
         rule, priority = proxy.route_rule(routespec, True)

@@ -1262,9 +1262,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def _clean_up(self, remove_dynamic: bool = True) -> None:
         """Stop the process, remove the files, but not what other people wrote."""
-        if self._ready:
-            self._api.kept.close()
         self._ready = False
+        if hasattr(self, "_api"):  # it was started at least once
+            self._api.kept.close()
         if not self._process:
             return
         self.log.info("Stopping Traefik (pid %i)", self._process.pid)
