@@ -1056,7 +1056,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         await self._be_ready()
         if self.should_start and self.track_last_activity:
             await asyncio.shield(self._submit(self._note_activity))
-        return await asyncio.to_thread(self._copy_routes)
+        return await self._submit(self._copy_routes)
 
     async def check_routes(self, user_dict: Any, service_dict: Any, routes: Any = None) -> None:
         """Check file and Traefik, then the routes: what others changed is written again."""
