@@ -225,7 +225,9 @@ def test_an_encoded_slash_is_not_the_root() -> None:
         assert matches(rule, "/%2F/" if partly_encoded else "///")
 
 
-@pytest.mark.parametrize("routespec", ["/user/%ff/", "/user/\ud800/", "a host/user/", "*/"])
+@pytest.mark.parametrize(
+    "routespec", ["/user/%ff/", "/user/\ud800/", "a host/user/", "*/", "./", ".a/"]
+)
 def test_routespecs_that_are_none(routespec: str) -> None:
     with pytest.raises(ValueError, match="routespec"):
         proxy.route_rule(routespec, True)
@@ -2238,18 +2240,43 @@ async def test_the_mark_tells_nobody_anything(managed: TraefikTomlProxy) -> None
 
 
 @pytest.mark.process
-async def test_a_mark_that_cannot_be_seen_is_done_without(
-    make_proxy: ProxyFactory, backends: Backends
+@pytest.mark.parametrize(
+    ("service", "priority"), [("api@internal", 2_000_000), ("noop@internal", 1)]
+)
+async def test_a_mark_that_tells_nothing_is_done_without(
+    make_proxy: ProxyFactory, backends: Backends, service: str, priority: int
 ) -> None:
-    catch_all = {"rule": "PathPrefix(`/`)", "priority": 2_000_000, "service": "api@internal"}
-    guard = {"entryPoints": ["auth_api"], "middlewares": ["jupyterhub-api"]}
+    catch_all = {"rule": "PathPrefix(`/`)", "priority": priority, "service": service}
+    guard = {"entryPoints": ["auth_api"], "middlewares": ["jupyterhub-api"] * (priority > 1)}
     extra = {"http": {"routers": {"all": {**catch_all, **guard}}}}
-    made = make_proxy(extra_dynamic_config=extra)
+    made = make_proxy(extra_dynamic_config=extra, traefik_providers_throttle_duration="0.3s")
     await made.start()
     await made.add_route("/", backends("hub"), {})
     await made.add_route("/user/a/", backends("a"), {})
     assert who(port_of(made), "/user/a/") == "a"
     assert who(port_of(made), "/user/b/") == "hub"
+
+
+@pytest.mark.process
+async def test_a_traefik_that_comes_back_without_the_entry_point_is_noticed(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    made = make_proxy.external()
+    await made.add_route("/", backends("hub"), {})
+    await made.add_route("/user/a/", backends("a"), {})
+    make_proxy.processes[-1].kill()
+    make_proxy.processes[-1].wait()
+    static = make_proxy.directory / "admin-static" / "traefik.toml"
+    static.write_text(static.read_text().replace("entryPoints.http]", "entryPoints.web]"))
+    make_proxy.start_traefik(str(static), installed_traefik())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Traefik refuses the routes"):
+            await made.add_route("/user/b/", backends("b"), {})
+
+
+def test_an_api_at_an_address_without_a_port() -> None:
+    for url, port in (("http://[fe80::abcd]", 80), ("https://[::1]", 443), ("http://a:8", 8)):
+        assert proxy.TraefikAPI(url, "", "", True).kept.port == port
 
 
 LARGE = [("3.4.1", False), ("3.6.4", False), ("newest", False), ("newest", True)]

@@ -7,14 +7,14 @@ In ``jupyterhub_config.py``, with this file installed or lying beside it::
     from traefik_toml_proxy import TraefikTomlProxy
     c.JupyterHub.proxy_class = TraefikTomlProxy
 
-Every change of a route replaces ``rules.toml`` and waits until Traefik's API shows that the new
-file is in force. The rooms of this module, in reading order, and what each may touch:
+Every change of a route replaces ``rules.toml`` and waits until Traefik shows that the new file is
+in force. The rooms of this module, in reading order, and what each may touch:
 
 - credentials: the APR1 hash of the API's password, a placeholder certificate. Nothing.
 - routes: from a JupyterHub route to a Traefik rule and its TOML text; the tree of a large table.
   Nothing.
 - files: read and atomically replace a file, merge tables. The file system.
-- Traefik API: GET one answer, JSON or metrics. The network.
+- Traefik API: GET one answer, JSON, metrics or a status. The network.
 - Traefik process: find, start, adopt, watch and stop the program. Processes, the pid file.
 - the proxy: options, the two configurations, JupyterHub's methods. The rooms above.
 - command line: check a set-up, print a static configuration or credentials. The rooms above.
@@ -230,8 +230,9 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
         path.encode()
     except UnicodeError:
         raise ValueError(f"the path of routespec {routespec!r} is not UTF-8") from None
-    if not re.fullmatch(r"[A-Za-z0-9._-]*", host):
+    if not re.fullmatch(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*)?", host):
         raise ValueError(f"the host of routespec {routespec!r} is not a host name")
+    host = host.rstrip(".")  # the rule matches both
 
     prefix = f"Host(`{host}`) && " if host else ""
     if not path:
@@ -317,13 +318,14 @@ def tree_key(routespec: str) -> str:
     host, _, path = routespec.partition("/")
     path = unquote(path.rstrip("/"))
     host = host.lower().rstrip(".")
+    # NUL shares a place with the character after it: a rule of either matches both.
     return (host + (f"/{path}" if path else "")).translate({0: 1, ord("/"): 0})
 
 
 def halve(keys: Sequence[str], start: int, end: int) -> tuple[Node, int]:
     """Split a range of sorted keys, two or more, in the bit in which they differ first.
 
-    Return the node with all of them, and no others, and where the second half starts.
+    Return the narrowest node with all of them, and where the second half starts.
     """
     first, last = keys[start], keys[end - 1]
     pairs = enumerate(zip(first, last, strict=False))
@@ -363,7 +365,10 @@ def carve(node: Node, keys: tuple[str, ...], size: int) -> Mapping[Node, tuple[s
 
 
 def node_rule(node: Node) -> str:
-    """Return the rule of all requests that may be for routes of a node, and of no sibling's."""
+    """Return the rule of all requests that may be for routes of a node.
+
+    A sibling that is narrower has some of them, too, but comes first.
+    """
     text, low, high = node
     host, slash, path = text.partition("\0")
     pattern = path_pattern((path if slash else host).replace("\0", "/"), partly_encoded=True)
@@ -612,9 +617,10 @@ class TraefikAPI:
         if context and not check:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         place = urlsplit(self.url)
-        self.kept = HTTPConnection(place.hostname or "", place.port)
+        host, port = place.hostname or "", place.port or (443 if context else 80)
+        self.kept = HTTPConnection(host, port)
         if context:
-            self.kept = HTTPSConnection(place.hostname or "", place.port, context=context)
+            self.kept = HTTPSConnection(host, port, context=context)
         self.kept.response_class = _Answer
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(_Handler(context=context))
@@ -925,8 +931,9 @@ class TraefikProcess:
 
 # The proxy ----------------------------------------------------------------------------------------
 
-# A router that matches nothing, renamed by each write. When the API shows the new rule, Traefik
-# has loaded that write; when it shows an error, the routes on the same entry point have it too.
+# A router that matches nothing; its rule is another one after each write. When the API shows the
+# new rule, Traefik has loaded that write; when it shows an error, the routes on the same entry
+# point have it too.
 CANARY = "jupyterhub-revision_"
 # A router that answers 418 at a path that each write changes: it costs no password to ask it.
 MARK = "jupyterhub-mark_"
@@ -1006,7 +1013,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._ready = False
         self._process: TraefikProcess | None = None
         self._version = USUAL
-        self._file = self._head = ""  # its path; what it holds of ours beside routes and canary
+        self._file = self._head = (
+            ""  # its path; what it holds of ours beside routes, canary and mark
+        )
         self._routes: dict[str, Route] = {}  # as in the file; replaced, never changed
         self._foreign = ""  # what other people wrote into the file
         self._written: Signature | None = None
@@ -1226,8 +1235,13 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         if not hashed or (apr1 and hashed != apr1_hash(password, apr1[1])):
             raise ValueError("traefik_api_hashed_password is not that of traefik_api_password")
         split_address("traefik_api_url", self.traefik_api_url)
+        self._close_api()
         self._api = self._client(password)
         self._head = self._render(self._dynamic_config(), "extra_dynamic_config")
+
+    def _close_api(self) -> None:
+        if hasattr(self, "_api"):
+            self._api.kept.close()
 
     def _client(self, password: str) -> TraefikAPI:
         ca = self.app.internal_ssl_ca if self.should_start and self.app.internal_ssl else ""
@@ -1263,8 +1277,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     def _clean_up(self, remove_dynamic: bool = True) -> None:
         """Stop the process, remove the files, but not what other people wrote."""
         self._ready = False
-        if hasattr(self, "_api"):  # it was started at least once
-            self._api.kept.close()
+        self._close_api()
+        for cache in (carve, node_router):
+            cache.cache_clear()
         if not self._process:
             return
         self.log.info("Stopping Traefik (pid %i)", self._process.pid)
@@ -1364,7 +1379,7 @@ caServer = {toml_string(self.letsencrypt_ca_server)}
         return text
 
     def _dynamic_config(self) -> Table:
-        """Return what the proxy writes into the dynamic file beside routes and canary."""
+        """Return what the proxy writes into the dynamic file beside routes, canary and mark."""
         entry = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]"
         api = f"entryPoints = [{toml_string(self.traefik_api_entrypoint)}]"
         text = ""
@@ -1555,7 +1570,7 @@ service = "noop@internal"
     def _wait_for_traefik(self, quick: bool = False) -> None:
         """Return when Traefik serves what was written last, or raise with what is wrong.
 
-        With ``quick``, once it is known that Traefik takes the routes, the mark tells first.
+        With ``quick`` the mark tells that, if it can; else, and if Traefik was away, the API does.
         """
         began, elapsed, helped, process = time.monotonic(), 0.0, 0.0, self._process
         problem: APIError | None = None
@@ -1571,8 +1586,10 @@ service = "noop@internal"
             try:
                 patience = min(max(self.check_route_timeout - elapsed, 0.1), 1)  # bcrypt: 0.2 s
                 if quick and elapsed < min(0.3 + 5 * self._pace, self.check_route_timeout / 2):
-                    if self._api.status(f"/{self._revision}", patience) == 418:
+                    status = self._api.status(f"/{self._revision}", min(patience, 0.3))
+                    if status == 418:
                         break
+                    quick = status != 0  # it was away, and may be another one now: ask the API
                 else:
                     router = self._api.get(f"/api/http/routers/{CANARY}@file", patience)
                     if self._revision in str(router.get("rule")):
@@ -1599,15 +1616,18 @@ service = "noop@internal"
                 f"Traefik did not load {self._file} within {self.check_route_timeout:g} s "
                 f"(check_route_timeout): {self._diagnose(problem)}"
             )
-        if router:
-            self._mark_works = self._api.status(f"/{self._revision}", 1) == 418
+        took = time.monotonic() - began
         if router.get("status") == "disabled":
+            self._mark_works = False
             raise RuntimeError(
                 f"Traefik refuses the routes in {self._file}: {router.get('error')} "
                 f"(traefik_entrypoint = {self.traefik_entrypoint!r})"
             )
+        if router and self._opens_api:  # is the mark there, and no other path like it?
+            paths = self._revision, secrets.token_hex(8)
+            self._mark_works = [self._api.status(f"/{path}", 0.3) for path in paths] == [418, 404]
         self._confirmed = True
-        self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
+        self._pace = min(took, 2 * self._pace + 0.001)
 
     def _diagnose(self, problem: APIError) -> str:
         """Say what is wrong and what to set, by the API's last answer and one more question."""
