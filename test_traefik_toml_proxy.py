@@ -674,32 +674,32 @@ def test_an_endless_answer_is_read_up_to_a_bound(head: bytes, more: bytes) -> No
 
 
 @pytest.mark.parametrize(
-    ("answer", "status"),
+    ("answer", "revision"),
     [
-        (b"HTTP/1.1 418 Tea\r\nContent-Length: 1\r\n\r\nx", 418),
-        (b"HTTP/1.1 404 No\r\n\r\n", 404),
-        (OK + b"\r\n" + b"x" * 1_000_000, 200),
-        (b"SSH-2.0-OpenSSH\r\n", 0),
-        (b"", 0),
-        (None, 0),
+        (b"HTTP/1.1 418 Tea\r\nX-Revision: ab\r\nContent-Length: 1\r\n\r\nx", "ab"),
+        (b"HTTP/1.1 404 No\r\n\r\n", ""),
+        (OK + b"\r\n" + b"x" * 1_000_000, ""),
+        (b"SSH-2.0-OpenSSH\r\n", None),
+        (b"", None),
+        (None, None),
     ],
 )
-def test_a_status_is_told_again_and_again(answer: bytes | None, status: int) -> None:
+def test_a_revision_is_told_again_and_again(answer: bytes | None, revision: str | None) -> None:
     with answering(answer) as (url, requests):
         api = proxy.TraefikAPI(url, "user", "secret", True)
-        assert [api.status("/x", 0.3) for _ in range(3)].count(status) >= 2  # it may close late
+        assert [api.revision(0.3) for _ in range(3)].count(revision) >= 2  # it may close late
         api.kept.close()
     assert requests
     assert not any(b"Authorization" in request for request in requests)
 
 
-def test_a_status_that_drips_does_not_hold_a_thread() -> None:
+def test_a_revision_that_drips_does_not_hold_a_thread() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         api = proxy.TraefikAPI(f"http://127.0.0.1:{server.getsockname()[1]}", "", "", True)
         thread = threading.Thread(target=drip, args=(server,), daemon=True)
         thread.start()
         began = time.monotonic()
-        assert api.status("/", 0.3) == 0
+        assert api.revision(0.3) is None
         assert time.monotonic() - began < 10
     thread.join()
 
@@ -1686,6 +1686,7 @@ async def check_repairs(made: TraefikTomlProxy, backends: Backends) -> None:
         table = tomli.loads(rules.read_text())
         for name in (proxy.CANARY, proxy.MARK):
             del table["http"]["routers"][name]
+        del table["http"]["middlewares"][proxy.MARK]
         lines = re.findall(f"^{proxy.ROUTE}(.*)$", rules.read_text(), re.MULTILINE)
         return {**table, "routes": lines}
 
@@ -2227,16 +2228,17 @@ def nearest(path: str) -> str:
 
 
 @pytest.mark.process
-async def test_the_mark_tells_nobody_anything(managed: TraefikTomlProxy) -> None:
+async def test_the_mark_shows_the_revision_and_nothing_else(managed: TraefikTomlProxy) -> None:
     await managed.add_route("/user/a/", "http://127.0.0.1:9", {})
     api = urllib.parse.urlsplit(managed.traefik_api_url).port or 0
-    rules = files_of(managed)[1]
-    (path,) = re.findall("Path\\(`(/[0-9a-f]{16})`\\)", rules.read_text())
-    assert fetch(api, path)[0] == 418
-    assert who(port_of(managed), path) == "hub"
+    seen = managed._api.revision(5)
+    assert seen
+    assert seen in files_of(managed)[1].read_text()
+    assert fetch(api, f"/{proxy.MARK}") == (418, "")
+    assert fetch(api, f"/{proxy.MARK}/api/version")[0] == 404
+    assert who(port_of(managed), f"/{proxy.MARK}") == "hub"
     await managed.delete_route("/user/a/")
-    assert fetch(api, path)[0] == 404
-    assert path not in rules.read_text()
+    assert managed._api.revision(5) not in ("", None, seen)
 
 
 @pytest.mark.process

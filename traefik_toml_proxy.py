@@ -14,7 +14,7 @@ in force. The rooms of this module, in reading order, and what each may touch:
 - routes: from a JupyterHub route to a Traefik rule and its TOML text; the tree of a large table.
   Nothing.
 - files: read and atomically replace a file, merge tables. The file system.
-- Traefik API: GET one answer, JSON, metrics or a status. The network.
+- Traefik API: GET one answer, JSON, metrics or a revision. The network.
 - Traefik process: find, start, adopt, watch and stop the program. Processes, the pid file.
 - the proxy: options, the two configurations, JupyterHub's methods. The rooms above.
 - command line: check a set-up, print a static configuration or credentials. The rooms above.
@@ -638,19 +638,22 @@ class TraefikAPI:
             reason = getattr(error, "reason", None) or error
             raise APIError(f"{self.url} cannot be reached ({reason})") from None
 
-    def status(self, path: str, timeout: float) -> int:
-        """Return the status of the answer at a path, on a connection that stays open; 0 if none."""
+    def revision(self, timeout: float) -> str | None:
+        """Return the revision that the mark shows, "" for none; None if nobody answers.
+
+        It needs no password, and the connection stays open.
+        """
         self.kept.timeout = timeout
         try:
             if self.kept.sock:
                 self.kept.sock.settimeout(timeout)
-            self.kept.request("GET", path)
+            self.kept.request("GET", f"/{MARK}")
             response = self.kept.getresponse()
             response.read(1 << 16)
-            return response.status
+            return response.getheader("X-Revision") or ""
         except (OSError, HTTPException, ValueError):
             self.kept.close()
-            return 0
+            return None
 
     def get(self, path: str, timeout: float) -> Table:
         """Return the JSON object at a path, of 4 MiB at most. Raises ``APIError``."""
@@ -935,7 +938,8 @@ class TraefikProcess:
 # new rule, Traefik has loaded that write; when it shows an error, the routes on the same entry
 # point have it too.
 CANARY = "jupyterhub-revision_"
-# A router that answers 418 at a path that each write changes: it costs no password to ask it.
+# A router that answers 418 with the revision as a header. To ask it costs no password; as it leads
+# to one of Traefik's own services, it is not in the access log.
 MARK = "jupyterhub-mark_"
 PARENTS: Version = (3, 6, 0)  # the first Traefik whose routers can have parents
 ROOTS = '"jupyterhub-pages", "jupyterhub-rest"'  # parents of all routes below the hub's
@@ -1021,7 +1025,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._written: Signature | None = None
         self._revision, self._confirmed = "", False  # of what was written; whether it is served
         self._pace = 0.001  # seconds that Traefik took of late
-        self._mark_works = False  # whether Traefik answers at the mark when it has read it
+        self._mark_works = False  # whether Traefik shows the revision there
         self._certificate: list[Signature | None] = []  # what Traefik has read
         self._asked: tuple[int, dict[str, float]] | None = None  # Traefik's pid, its requests
         self._activity: dict[str, str | None] = {}  # by service, ISO 8601
@@ -1555,10 +1559,13 @@ service = "noop@internal"
         if self._opens_api:
             canary += f"""
 [http.routers.{MARK}]
-rule = "Path(`/{self._revision}`)"
+rule = "Path(`/{MARK}`)"
 priority = 1000000
 entryPoints = [{toml_string(self.traefik_api_entrypoint)}]
+middlewares = ["{MARK}"]
 service = "noop@internal"
+[http.middlewares.{MARK}.headers.customResponseHeaders]
+X-Revision = "{self._revision}"
 """
         routing = self._render_routes(routes)
         text = "".join((self._foreign, "\n", self._head, routing, canary, END, "\n"))
@@ -1586,10 +1593,10 @@ service = "noop@internal"
             try:
                 patience = min(max(self.check_route_timeout - elapsed, 0.1), 1)  # bcrypt: 0.2 s
                 if quick and elapsed < min(0.3 + 5 * self._pace, self.check_route_timeout / 2):
-                    status = self._api.status(f"/{self._revision}", min(patience, 0.3))
-                    if status == 418:
+                    seen = self._api.revision(min(patience, 0.3))
+                    if seen == self._revision:
                         break
-                    quick = status != 0  # it was away, and may be another one now: ask the API
+                    quick = seen is not None  # it was away, and may be another one: ask the API
                 else:
                     router = self._api.get(f"/api/http/routers/{CANARY}@file", patience)
                     if self._revision in str(router.get("rule")):
@@ -1623,9 +1630,8 @@ service = "noop@internal"
                 f"Traefik refuses the routes in {self._file}: {router.get('error')} "
                 f"(traefik_entrypoint = {self.traefik_entrypoint!r})"
             )
-        if router and self._opens_api:  # is the mark there, and no other path like it?
-            paths = self._revision, secrets.token_hex(8)
-            self._mark_works = [self._api.status(f"/{path}", 0.3) for path in paths] == [418, 404]
+        if router and self._opens_api:
+            self._mark_works = self._api.revision(0.3) == self._revision
         self._confirmed = True
         self._pace = min(took, 2 * self._pace + 0.001)
 
