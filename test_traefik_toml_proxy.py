@@ -3809,7 +3809,7 @@ class Churn:
         tasks = [asyncio.ensure_future(item) for item in work]
         try:
             done, _ = await asyncio.wait(tasks, timeout=seconds / 3, return_when="FIRST_EXCEPTION")
-            warm = resident_memory()
+            warm = resident_memory(os.getpid())
             if not done:
                 await asyncio.wait(tasks, timeout=seconds * 2 / 3, return_when="FIRST_EXCEPTION")
         finally:
@@ -3822,7 +3822,7 @@ class Churn:
             if not isinstance(error, asyncio.CancelledError):
                 raise error
         assert not stuck, "changes of routes did not succeed in 120 s"
-        self.growth = resident_memory() - warm
+        self.growth = resident_memory(os.getpid()) - warm
 
     async def close(self) -> None:
         await self.factory.close()
