@@ -3848,7 +3848,8 @@ class Churn:
             return {item["name"][:-5]: item for item in items if item["name"].endswith("@file")}
 
         def servers(routers: dict[str, Any], services: dict[str, Any]) -> dict[str, str]:
-            own = {name: services[name] for name in routers if name.startswith("_")}
+            routes = [name for name in routers if name[0] == "_" and "--" not in name]
+            own = {name: services[name] for name in routes}
             return {n: item["loadBalancer"]["servers"][0]["url"] for n, item in own.items()}
 
         routers = from_api("routers")
