@@ -253,7 +253,8 @@ def test_a_toml_string_reads_back_and_is_no_template(text: str) -> None:
 def test_a_route_reads_back(name: str, data: dict[str, Any]) -> None:
     routespec = f"/user/{urllib.parse.quote(name)}/"
     target = "http://[::1]:80/pre%20fix"
-    line, text, _ = proxy.make_route(routespec, target, json.dumps(data), "", True)
+    route = proxy.make_route(routespec, target, json.dumps(data), "", True)
+    line, text = route.line, route.text
     assert "{{" not in line + text
     table = tomli.loads(text)
     assert json.loads(line) == [routespec, target, data]
@@ -4617,7 +4618,7 @@ def routespecs(size: int) -> list[str]:
     return [f"/user/student{number:04d}/" for number in range(1, size + 1)]
 
 
-def traefik_by_hand(directory: Path, port: int, **tables: Any) -> list[str]:
+def traefik_by_hand(directory: Path, port: int) -> list[str]:
     """Write a traefik.toml for a port and the rules.toml beside it; return how to start Traefik."""
     static = {
         "log": {"level": "ERROR"},
@@ -4626,7 +4627,6 @@ def traefik_by_hand(directory: Path, port: int, **tables: Any) -> list[str]:
             "providersThrottleDuration": "0s",
             "file": {"filename": str(directory / "rules.toml")},
         },
-        **tables,
     }
     (directory / "traefik.toml").write_text(tomli_w.dumps(static))
     return [installed_traefik(), "--configfile", str(directory / "traefik.toml")]
@@ -5150,13 +5150,6 @@ def in_a_process(serve: Callable[[Any], None]) -> Iterator[str]:
         process.join()
 
 
-def says_ok(port: int, path: str) -> bool:
-    try:
-        return fetch(port, path) == (200, "OK")
-    except OSError:
-        return False
-
-
 def wrk_command(wrk: str, port: int, path: str, connections: int, seconds: int) -> list[str]:
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
     return [wrk, *options, f"http://127.0.0.1:{port}{path}"]
@@ -5200,7 +5193,7 @@ async def measure_throughput(
             tables.reverse()  # so that nobody always comes after the same
             for place, (size, kind, port) in itertools.product(PLACES, tables):
                 path = path_at(place, size)
-                assert says_ok(port, path)
+                assert fetch(port, path) == (200, "OK")
                 for figure, value in run_wrk(wrk, port, path, CONNECTIONS, SECONDS).items():
                     figures.note(THROUGHPUT, size, f"{figure}, {place}", kind, value)
 

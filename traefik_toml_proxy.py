@@ -161,9 +161,13 @@ ROUTE = "#route "  # begins a comment; [routespec, target, data] as JSON follows
 class Route(NamedTuple):
     """A route as it is in the file, but for the line that says where its router belongs."""
 
-    line: str  # what JupyterHub wants back: [routespec, target, data] as JSON
-    text: str  # that line as a comment, and tables for Traefik; the router's is the last one
+    text: str  # a comment with what JupyterHub wants back, then Traefik's tables, the router last
     key: str  # its place in the order of the tree
+
+    @property
+    def line(self) -> str:
+        """What JupyterHub wants back: [routespec, target, data] as JSON."""
+        return self.text[len(ROUTE) + 1 :].partition("\n")[0]
 
 
 def no_template(text: str) -> str:
@@ -215,6 +219,19 @@ def path_pattern(path: str, partly_encoded: bool) -> str:
     return re.sub(r"[^A-Za-z0-9_~-]", pattern, path)
 
 
+def split_routespec(routespec: str) -> tuple[str, str]:
+    """Return host and decoded path, without the slashes around it. Raises ``ValueError``."""
+    host, _, encoded_path = routespec.partition("/")
+    try:
+        path = unquote(encoded_path.rstrip("/"), errors="strict")
+        path.encode()
+    except UnicodeError:
+        raise ValueError(f"the path of routespec {routespec!r} is not UTF-8") from None
+    if not re.fullmatch(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*)?", host):
+        raise ValueError(f"the host of routespec {routespec!r} is not a host name")
+    return host.rstrip("."), path  # Traefik takes a host with and without a last dot for the same
+
+
 def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
     """Return the rule of a route, and its priority where it needs one of its own.
 
@@ -224,16 +241,7 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
     default priority is the rule's length: longer prefixes win. A path of one segment has that of a
     ``PathPrefix``, so that other people's longer ones win. Raises ``ValueError``.
     """
-    host, _, encoded_path = routespec.partition("/")
-    try:
-        path = unquote(encoded_path.rstrip("/"), errors="strict")
-        path.encode()
-    except UnicodeError:
-        raise ValueError(f"the path of routespec {routespec!r} is not UTF-8") from None
-    if not re.fullmatch(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*)?", host):
-        raise ValueError(f"the host of routespec {routespec!r} is not a host name")
-    host = host.rstrip(".")  # the rule matches both
-
+    host, path = split_routespec(routespec)
     prefix = f"Host(`{host}`) && " if host else ""
     if not path:
         return f"{prefix}PathPrefix(`/`)", None
@@ -274,8 +282,7 @@ def make_route(
     server, prefix = split_target(target)
     name = route_name(routespec)
     line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("\x7f", "\\u007f")
-    line = no_template(line)
-    text = f"\n{ROUTE}{line}\n"
+    text = f"\n{ROUTE}{no_template(line)}\n"
     if transport and server.startswith("https:"):
         text += f"[http.services.{name}.loadBalancer]\n{transport}\n"
     text += f"""[[http.services.{name}.loadBalancer.servers]]
@@ -291,7 +298,7 @@ service = "{name}"
         text += f"priority = {priority}\n"
     if prefix:
         text += f'middlewares = ["{name}"]\n'
-    return Route(line, text, tree_key(routespec))
+    return Route(text, tree_key(routespec))
 
 
 # Traefik tries the routers of a table in a line. So routes are put into groups, and groups into
@@ -315,11 +322,9 @@ def gently(items: Iterable[Result]) -> Iterator[Result]:
 
 def tree_key(routespec: str) -> str:
     """Return the host and the decoded path of a routespec as one text to sort and group by."""
-    host, _, path = routespec.partition("/")
-    path = unquote(path.rstrip("/"))
-    host = host.lower().rstrip(".")
+    host, path = split_routespec(routespec)
     # NUL shares a place with the character after it: a rule of either matches both.
-    return (host + (f"/{path}" if path else "")).translate({0: 1, ord("/"): 0})
+    return (host.lower() + (f"/{path}" if path else "")).translate({0: 1, ord("/"): 0})
 
 
 def halve(keys: Sequence[str], start: int, end: int) -> tuple[Node, int]:
@@ -1512,7 +1517,7 @@ query = {query}
         routers, parents = route_tree(below.values(), ROOTS)
         text = [routers]
         entry = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]\n"
-        for routespec, (_, tables, key) in gently(routes.items()):
+        for routespec, (tables, key) in gently(routes.items()):
             text += tables, f"parentRefs = [{parents[key]}]\n" if routespec in below else entry
         return "".join(text)
 
