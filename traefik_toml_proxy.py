@@ -1139,6 +1139,11 @@ class TraefikAPI:
         """Close the connection; the next question opens another one."""
         self.connection.close()
 
+    @property
+    def connected(self) -> bool:
+        """Whether the connection on which the revision was shown last is still open."""
+        return self.connection.sock is not None
+
     def get(self, path: str, timeout: float) -> Table:
         """Return the JSON object at a path, of 4 MiB at most. Raises ``APIError``."""
         text = self._read(path, timeout, lambda response: response.read(4 << 20))
@@ -1479,7 +1484,7 @@ class Confirmation:
         refuses the routes, or if ``closing`` was set meanwhile.
         """
         began, elapsed, self._helped = time.monotonic(), 0.0, 0.0
-        by_header = change and self._header_works
+        by_header = change and self._header_works and self._api.connected
         problem: APIError | None = None
         while not problem or elapsed < self._timeout:
             self._pause(closing, elapsed)
