@@ -770,9 +770,7 @@ async def test_where_an_external_file_is_looked_for(
 def rules_file(directory: Path) -> proxy.RulesFile:
     """Return the owner of a file in a directory, with what it has loaded from there."""
     settings = make_settings(rules_file=str(directory / "rules.toml"))
-    rules = proxy.RulesFile(settings, proxy.NEWEST, logging.getLogger("rules"))
-    rules.load(str)
-    return rules
+    return proxy.RulesFile(settings, proxy.NEWEST, str, logging.getLogger("rules"))
 
 
 def test_a_rules_file_keeps_routes_and_what_others_wrote(tmp_path: Path) -> None:
@@ -4867,7 +4865,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 # The module is built to rules, and these tests hold it to them by its syntax tree. Each checker
 # returns what breaks a rule, with the line. Limits on complexity are ruff's, in pyproject.toml.
 
-MOST_LINES = 2_430  # of the module
+MOST_LINES = 2_250  # of the module
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 40, 300
 LEAST_COMMENTS = 0.18  # of all lines: docstrings, and lines that are only a comment
 MOST_ATTRIBUTES = 12  # of TraefikTomlProxy, beside its options

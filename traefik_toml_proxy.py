@@ -17,12 +17,10 @@ in force. The sections of this module, in reading order, and what each may touch
 - Files: find, read and atomically replace a file. The file system.
 - Rules file: ``RulesFile``, the one owner of ``rules.toml``. Files.
 - Traefik API: ``TraefikAPI``, one client with bounded answers. The network.
-- Traefik process: ``TraefikProcess``: find, start, adopt, watch and stop Traefik. Processes, the
-  pid file, the static file.
+- Traefik process: ``TraefikProcess``: find, start, watch, stop it. Processes and their files.
 - Confirmation: waits until Traefik serves a revision, helps, and diagnoses. The three before.
 - Last activity: ``Activity``: when each route was used last, by Traefik's counters. Traefik API.
-- The proxy: ``TraefikControl``, all that blocks, and ``TraefikTomlProxy``: options and JupyterHub's
-  methods, which hand their work to one thread. All before.
+- The proxy: ``TraefikControl``, all that blocks, and ``TraefikTomlProxy``, options. All before.
 - Command line: check a set-up, print a static configuration or credentials. All before.
 
 A change takes one way: ``add_route``, the next batch, ``TraefikControl.commit`` in the worker
@@ -40,7 +38,6 @@ import fcntl
 import getpass
 import glob
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -52,7 +49,6 @@ import signal
 import socket
 import ssl
 import stat
-import string
 import subprocess
 import sys
 import tempfile
@@ -75,7 +71,7 @@ import tomli
 import tomli_w
 from jupyterhub.proxy import Proxy
 from jupyterhub.traitlets import Command
-from traitlets import Bool, CaselessStrEnum, Dict, Float, Integer, List, Unicode, default
+from traitlets import Bool, CaselessStrEnum, Dict, Float, Integer, List, Unicode
 
 __all__ = ["TraefikTomlProxy"]
 __version__ = "1.0.0"
@@ -87,11 +83,9 @@ Result = TypeVar("Result")
 # What the hub and Traefik prove to each other and to users. All of it is made from data in memory.
 
 # The alphabet of crypt(3), in its own order.
-CRYPT_ALPHABET = "./" + string.digits + string.ascii_uppercase + string.ascii_lowercase
+CRYPT_ALPHABET = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 # In which order, and in which groups of three, APR1 encodes the bytes of its digest.
 APR1_ORDER = ((0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5), (11,))
-
-
 # APR1 consists of MD5; nothing here relies on its strength.
 md5 = partial(hashlib.md5, usedforsecurity=False)
 
@@ -191,9 +185,9 @@ def no_template(text: str) -> str:
     return text.replace("{{", "{\\u007b")
 
 
-def toml_string(text: str) -> str:
-    """Return a TOML basic string that is no template."""
-    return no_template(json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f"))
+def toml_string(value: Any) -> str:
+    """Return a text as a TOML basic string that is no template, or a list or a number as TOML."""
+    return no_template(json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f"))
 
 
 def toml_key(name: str) -> str:
@@ -421,6 +415,7 @@ def route_tree(keys: Iterable[str], roots: str) -> Iterator[Group]:
 # it is written once. The dynamic one is that file, rules.toml, of which this section makes all but
 # the routes. Both are functions of Settings and of Traefik's version, and of nothing else.
 
+CertificateFiles = tuple[str, str]  # paths of a certificate and its key, or both as PEM
 Version = tuple[int, int, int]
 NEWEST: Version = (3, 999, 0)  # stands for one that is not a release
 UNKNOWN: Version = (3, 5, 0)  # stands for one not known yet: what it takes, newer ones take
@@ -439,9 +434,8 @@ END = "# End of what TraefikTomlProxy wrote"
 TRANSPORT = "jupyterhub"  # the serversTransport of internal SSL
 # The parent of all routes, on a Traefik that has parents; else it matches nothing. Its status
 # tells whether the entry point of the routes exists.
-ROOT = "jupyterhub-rest"
-ROOTS = f'"jupyterhub-pages", "{ROOT}"'  # the first is for requests that ask for HTML
-NOTHING = "!PathPrefix(`/`)"  # a rule that matches no request
+ROOT, PAGES = "jupyterhub-rest", "jupyterhub-pages"  # that is for requests that ask for HTML
+NOTHING = {"rule": "!PathPrefix(`/`)", "service": "noop@internal"}  # matches no request
 # A middleware with the revision of the file as a header, and a router on the API's entry point
 # that shows it. To ask that one costs no password; as it leads to one of Traefik's own services,
 # which answers 418, it is not in the access log.
@@ -465,26 +459,14 @@ TRAEFIK_1 = {
 }
 
 
-CertificateFiles = tuple[str, str]  # paths of a certificate and its key, or both as PEM
-
-
-class InternalSSL(NamedTuple):
-    """Absolute paths of the files of ``JupyterHub.internal_ssl`` that concern the proxy."""
-
-    trusted: str  # authorities that vouch for hub, servers and services
-    client: CertificateFiles  # what Traefik shows to them
-    api: CertificateFiles  # what Traefik's API shows to the hub
-    api_trusted: str  # authority that vouches for it
-
-
 @dataclasses.dataclass(frozen=True, repr=False)  # a repr would show the password
 class Settings:
     """All that the options and JupyterHub say. A field called like an option has its value.
 
-    Raises ``ValueError``, naming the option, where they cannot be right.
+    Raises ``ValueError``, naming the option, where they cannot be right. Paths are absolute.
     """
 
-    # Options of the proxy; public_url is JupyterHub.bind_url
+    # Options; public_url is JupyterHub.bind_url
     should_start: bool
     public_url: str
     traefik_api_url: str
@@ -505,7 +487,7 @@ class Settings:
     letsencrypt_challenge: str
     extra_static_config: Table
     extra_dynamic_config: Table
-    # What follows from other options and from JupyterHub; paths are absolute
+    # What follows from other options and from JupyterHub
     class_name: str  # options are those of c.CLASS_NAME
     static_file: str
     rules_file: str
@@ -517,7 +499,7 @@ class Settings:
     https: bool  # whether the entry point of the routes speaks it
     redirect_port: int  # redirects plain HTTP to https; 0 for none
     certificate: CertificateFiles | None  # JupyterHub.ssl_cert and ssl_key
-    internal_ssl: InternalSSL | None
+    internal_ssl: str  # where JupyterHub.internal_ssl has its certificates; "" if it is off
     hub_url: str  # where the hub listens, with its path
     base_path: str  # of the hub, such as "/" or "/base/"
 
@@ -538,9 +520,10 @@ class Settings:
             raise ValueError("letsencrypt_domains needs letsencrypt_email, too")
 
 
-def certificate_toml(files: CertificateFiles) -> str:
-    """Return a certificate and its key as the table that Traefik wants."""
-    return f"{{certFile = {toml_string(files[0])}, keyFile = {toml_string(files[1])}}}"
+def toml_table(name: str, /, **values: Any) -> str:
+    """Return a table as TOML, with texts, numbers and lists; ``[name]`` is one of an array."""
+    lines = [f"{key} = {toml_string(value)}\n" for key, value in values.items()]
+    return f"\n[{name}]\n{''.join(lines)}"
 
 
 def listen_address(option: str, url: str) -> str:
@@ -577,15 +560,13 @@ def merge(under: Any, over: Any) -> Any:
     return {**under, **{key: merge(under.get(key), value) for key, value in over.items()}}
 
 
-def merge_toml(text: str, extra: Table, option: str) -> str:
-    """Return TOML with extra tables merged over it; it loses its comments.
-
-    Raises ``ValueError`` for the option that the extra tables are from.
-    """
+def with_extra(text: str, extra: Table, option: str) -> str:
+    """Return TOML with an option's tables merged over it. Raises ``ValueError`` for the option."""
     try:  # tomli_w writes "{{" nowhere but in strings and quoted keys
-        return "\n" + no_template(tomli_w.dumps(merge(tomli.loads(text), extra)))
+        merged = no_template(tomli_w.dumps(merge(tomli.loads(text), extra))) if extra else ""
     except (TypeError, ValueError) as error:
         raise ValueError(f"{option} cannot be written as TOML: {error}") from None
+    return f"\n{merged}" if extra else text
 
 
 def traefik_1(config: Mapping[str, Any]) -> str:
@@ -606,97 +587,64 @@ def static_config(settings: Settings, version: Version) -> str:
     It has comments unless ``extra_static_config`` is merged over it. Raises ``ValueError``. Source:
     https://doc.traefik.io/traefik/reference/install-configuration/configuration-options/
     """
-    text = f"""
-[global]
-checkNewVersion = false
-sendAnonymousUsage = false
-
-[log]
-level = {toml_string(settings.traefik_log_level)}
-noColor = true
-
-# The API tells the hub what is in force. Its router, with a password, is in the file of routes.
-[api]
-dashboard = true
-
-# Reload at once; by default Traefik waits for 2 s between two reloads.
-[providers]
-providersThrottleDuration = {toml_string(settings.traefik_providers_throttle_duration)}
-
-# The routes. The file has to exist when Traefik starts.
-[providers.file]
-filename = {toml_string(settings.rules_file)}
-watch = true
-"""
-    text += entry_points(settings, version) + redirect_and_letsencrypt(settings)
+    throttle = settings.traefik_providers_throttle_duration
+    text = toml_table("global", checkNewVersion=False, sendAnonymousUsage=False)
+    text += toml_table("log", level=settings.traefik_log_level, noColor=True)
+    text += "\n# The API tells the hub what is in force. "
+    text += "Its router, with a password, is in the file of routes."
+    text += toml_table("api", dashboard=True)
+    text += "\n# Reload at once; by default Traefik waits for 2 s between two reloads."
+    text += toml_table("providers", providersThrottleDuration=throttle)
+    text += "\n# The routes. The file has to exist when Traefik starts."
+    text += toml_table("providers.file", filename=settings.rules_file, watch=True)
+    text += entry_points(settings, version)
+    if settings.letsencrypt_domains:
+        challenge: Table = {"tlsChallenge": {}}
+        if settings.letsencrypt_challenge == "http":
+            challenge = {"httpChallenge.entryPoint": "redirect"}
+        text += '\n# Certificates from Let\'s Encrypt are kept in the file "storage".'
+        text += toml_table(
+            "certificatesResolvers.letsencrypt.acme",
+            email=settings.letsencrypt_email,
+            storage=settings.static_file.rpartition("/")[0] + "/acme.json",
+            caServer=settings.letsencrypt_ca_server,
+            **challenge,
+        )
     if settings.counts_requests:
-        text += """
-# The hub learns from these when servers were used last. Each bucket takes a line per service.
-[metrics.prometheus]
-manualRouting = true
-addEntryPointsLabels = false
-buckets = [60.0]
-"""
-    if settings.extra_static_config:
-        text = merge_toml(text, settings.extra_static_config, "extra_static_config")
+        text += "\n# The hub learns from these when servers were used last. "
+        text += "Each bucket takes a line per service."
+        metrics = {"manualRouting": True, "addEntryPointsLabels": False, "buckets": [60.0]}
+        text += toml_table("metrics.prometheus", **metrics)
+    text = with_extra(text, settings.extra_static_config, "extra_static_config")
     return f"{WRITTEN_BY}\n{text}"
 
 
 def entry_points(settings: Settings, version: Version) -> str:
-    """Return the entry points of users and of the API, as static TOML."""
-    public, api = map(toml_key, (settings.traefik_entrypoint, settings.traefik_api_entrypoint))
-    text = f"""
-# The entry point of the API and the dashboard.
-[entryPoints.{api}]
-address = "{settings.api_address}"
-
-# The entry point for users.
-[entryPoints.{public}]
-address = "{settings.public_address}"
-
-# A stop does not wait for open websockets.
-[entryPoints.{public}.transport.lifeCycle]
-graceTimeOut = "0s"
-
-# Uploads may take their time; by default Traefik cuts them after 60 s.
-[entryPoints.{public}.transport.respondingTimeouts]
-readTimeout = "0s"
-"""
-    api_https = settings.traefik_api_url.startswith("https:")
-    for entry_point in [api] * api_https + [public] * settings.https:
-        text += f"\n[entryPoints.{entry_point}.http.tls]\n"
+    """Return the entry points of users, of the API, and of plain HTTP, as static TOML."""
+    names = settings.traefik_entrypoint, settings.traefik_api_entrypoint
+    public, api = (f"entryPoints.{toml_key(name)}" for name in names)
+    text = "\n# The entry point of the API and the dashboard."
+    text += toml_table(api, address=settings.api_address)
+    text += "\n# The entry point for users."
+    text += toml_table(public, address=settings.public_address)
+    text += "\n# A stop does not wait for open websockets."
+    text += toml_table(f"{public}.transport.lifeCycle", graceTimeOut="0s")
+    text += "\n# Uploads may take their time; by default Traefik cuts them after 60 s."
+    text += toml_table(f"{public}.transport.respondingTimeouts", readTimeout="0s")
+    if settings.traefik_api_url.startswith("https:"):
+        text += toml_table(f"{api}.http.tls")
+    if settings.https:
+        text += toml_table(f"{public}.http.tls")
     if version >= REFUSES_CHARACTERS:
-        text += "\n# 3.6.3 to 3.6.6 refuse, say, a user called a/b or a file called 50%.\n"
-        text += f"[entryPoints.{public}.http.encodedCharacters]\n"
-        text += "".join(f"allowEncoded{char} = true\n" for char in ENCODED)
-    return text
-
-
-def redirect_and_letsencrypt(settings: Settings) -> str:
-    """Return what redirects plain HTTP, and what gets certificates, as static TOML."""
-    text = ""
+        allowed = {f"allowEncoded{char}": True for char in ENCODED}
+        text += "\n# 3.6.3 to 3.6.6 refuse, say, a user called a/b or a file called 50%."
+        text += toml_table(f"{public}.http.encodedCharacters", **allowed)
     if settings.redirect_port:
-        host = settings.public_address.rpartition(":")[0]
-        text += f"""
-# Plain HTTP is redirected.
-[entryPoints.redirect]
-address = "{host}:{settings.redirect_port}"
-
-[entryPoints.redirect.http.redirections.entryPoint]
-to = {toml_string(settings.traefik_entrypoint)}
-scheme = "https"
-"""
-    if settings.letsencrypt_domains:
-        by_http = settings.letsencrypt_challenge == "http"
-        storage = settings.static_file.rpartition("/")[0] + "/acme.json"
-        text += f"""
-# Certificates from Let's Encrypt are kept in the file "storage".
-[certificatesResolvers.letsencrypt.acme]
-email = {toml_string(settings.letsencrypt_email)}
-storage = {toml_string(storage)}
-caServer = {toml_string(settings.letsencrypt_ca_server)}
-{'httpChallenge.entryPoint = "redirect"' if by_http else "tlsChallenge = {}"}
-"""
+        redirect, host = "entryPoints.redirect", settings.public_address.rpartition(":")[0]
+        text += "\n# Plain HTTP is redirected."
+        text += toml_table(redirect, address=f"{host}:{settings.redirect_port}")
+        aim = {"to": settings.traefik_entrypoint, "scheme": "https"}
+        text += toml_table(f"{redirect}.http.redirections.entryPoint", **aim)
     return text
 
 
@@ -707,49 +655,39 @@ def dynamic_config(
 
     ``certificate`` is the default one of https. Raises ``ValueError``.
     """
-    url, files = split_target(settings.hub_url)[0], settings.internal_ssl
-    text = f'\n[http.services.jupyterhub-hub.loadBalancer]\nservers = [{{url = "{url}"}}]\n'
-    if files:
-        text += f"""serversTransport = "{TRANSPORT}"
-[http.serversTransports.{TRANSPORT}]
-rootCAs = [{toml_string(files.trusted)}]
-certificates = [{certificate_toml(files.client)}]
-"""
-    if files and settings.should_start and settings.traefik_api_url.startswith("https:"):
-        text += f"[tls]\ncertificates = [{certificate_toml(files.api)}]\n"
+    service, place = "http.services.jupyterhub-hub.loadBalancer", settings.internal_ssl
+    text = ""
+    if place:
+        transport = f"http.serversTransports.{TRANSPORT}"
+        text += toml_table(service, serversTransport=TRANSPORT)
+        text += toml_table(transport, rootCAs=[f"{place}/proxy-client-ca_trust.crt"])
+        client = f"{place}/proxy-client/proxy-client"
+        files = {"certFile": f"{client}.crt", "keyFile": f"{client}.key"}
+        text += toml_table(f"[{transport}.certificates]", **files)
+    text += toml_table(f"[{service}.servers]", url=split_target(settings.hub_url)[0])
+    if place and settings.should_start and settings.traefik_api_url.startswith("https:"):
+        own = f"{place}/proxy-api/proxy-api"
+        text += toml_table("[tls.certificates]", certFile=f"{own}.crt", keyFile=f"{own}.key")
     if certificate:
-        text += f"[tls.stores.default]\ndefaultCertificate = {certificate_toml(certificate)}\n"
+        default, (cert, key) = "tls.stores.default.defaultCertificate", certificate
+        text += toml_table(default, certFile=cert, keyFile=key)
     if settings.letsencrypt_domains:  # on one router, for each one costs
-        names = [f"{{main = {toml_string(name)}}}" for name in settings.letsencrypt_domains]
-        text += f"""[http.routers.jupyterhub-letsencrypt]
-rule = "{NOTHING}"
-entryPoints = [{toml_string(settings.traefik_entrypoint)}]
-service = "noop@internal"
-tls = {{certResolver = "letsencrypt", domains = [{", ".join(names)}]}}
-"""
-    text += api_routers(settings) + roots(settings, version)
-    if settings.extra_dynamic_config:
-        text = merge_toml(text, settings.extra_dynamic_config, "extra_dynamic_config")
-    return text
-
-
-def api_routers(settings: Settings) -> str:
-    """Return the routers of the API, which ask for the password, where the hub opens it."""
-    if not settings.opens_api:
-        return ""
-    rules = {"api": "PathPrefix(`/api`) || PathPrefix(`/dashboard`)"}
+        router = "http.routers.jupyterhub-letsencrypt"
+        text += toml_table(router, **NOTHING, entryPoints=[settings.traefik_entrypoint])
+        text += toml_table(f"{router}.tls", certResolver="letsencrypt")
+        for name in settings.letsencrypt_domains:
+            text += toml_table(f"[{router}.tls.domains]", main=name)
+    api = {"entryPoints": [settings.traefik_api_entrypoint], "middlewares": ["jupyterhub-api"]}
+    if settings.opens_api:
+        user = f"{settings.traefik_api_username}:{settings.traefik_api_hashed_password}"
+        text += toml_table("http.middlewares.jupyterhub-api.basicAuth", users=[user])
+        rule = "PathPrefix(`/api`) || PathPrefix(`/dashboard`)"
+        text += toml_table("http.routers.jupyterhub-api", rule=rule, service="api@internal", **api)
     if settings.counts_requests:
-        rules["prometheus"] = "Path(`/metrics`)"
-    user = f"{settings.traefik_api_username}:{settings.traefik_api_hashed_password}"
-    text = f"[http.middlewares.jupyterhub-api.basicAuth]\nusers = [{toml_string(user)}]\n"
-    for name, rule in rules.items():
-        text += f"""[http.routers.jupyterhub-{name}]
-rule = "{rule}"
-entryPoints = [{toml_string(settings.traefik_api_entrypoint)}]
-middlewares = ["jupyterhub-api"]
-service = "{name}@internal"
-"""
-    return text
+        router, rule = "http.routers.jupyterhub-prometheus", "Path(`/metrics`)"
+        text += toml_table(router, rule=rule, service="prometheus@internal", **api)
+    text += roots(settings, version)
+    return with_extra(text, settings.extra_dynamic_config, "extra_dynamic_config")
 
 
 def roots(settings: Settings, version: Version) -> str:
@@ -758,44 +696,29 @@ def roots(settings: Settings, version: Version) -> str:
     All routes are below two routers, so that requests which ask for no HTML, such as websockets,
     pass no middleware. A parent has to have a child. Traefik before 3.6 knows no parents.
     """
-    entry_point = f"entryPoints = [{toml_string(settings.traefik_entrypoint)}]"
-    nothing = f'rule = "{NOTHING}"\nservice = "noop@internal"'
+    root, pages = f"http.routers.{ROOT}", f"http.routers.{PAGES}"
+    public = {"entryPoints": [settings.traefik_entrypoint]}
     if version < PARENTS:
-        return f"[http.routers.{ROOT}]\n{nothing}\n{entry_point}\n"
+        return toml_table(root, **NOTHING, **public)
     base, page = settings.base_path, urlsplit(settings.hub_url).path + "error/503"
     rule, weight = route_rule(base, partly_encoded=True)[0], len(f"PathPrefix(`{base}`)")
-    return f"""[http.routers.{ROOT}]
-rule = '{rule}'
-priority = {weight}
-{entry_point}
-[http.routers.jupyterhub-pages]
-rule = '{rule} && HeaderRegexp(`Accept`, `text/html`)'
-priority = {weight + 1}
-{entry_point}
-middlewares = ["jupyterhub-errors"]
-[http.routers.jupyterhub-none]
-{nothing}
-parentRefs = [{ROOTS}]
-[http.middlewares.jupyterhub-errors.errors]
-status = ["502", "504"]
-statusRewrites = {{"502-504" = 503}}
-service = "jupyterhub-hub"
-query = {toml_string(page)}
-"""
+    html = f"{rule} && HeaderRegexp(`Accept`, `text/html`)"
+    errors, name = "http.middlewares.jupyterhub-errors.errors", "jupyterhub-errors"
+    text = toml_table(root, rule=rule, priority=weight, **public)
+    text += toml_table(pages, rule=html, priority=weight + 1, middlewares=[name], **public)
+    text += toml_table("http.routers.jupyterhub-none", **NOTHING, parentRefs=[PAGES, ROOT])
+    text += toml_table(errors, status=["502", "504"], service="jupyterhub-hub", query=page)
+    return text + toml_table(f"{errors}.statusRewrites", **{'"502-504"': 503})
 
 
 def revision_tables(settings: Settings, revision: str) -> str:
     """Return the tables that show a revision of the dynamic file, as TOML. See REVISION."""
-    text = f"\n[http.middlewares.{REVISION}.headers.customResponseHeaders]\n"
-    text += f'{REVISION_HEADER} = "{revision}"\n'
+    headers = f"http.middlewares.{REVISION}.headers.customResponseHeaders"
+    text = toml_table(headers, **{REVISION_HEADER: revision})
     if settings.opens_api:
-        text += f"""[http.routers.{REVISION}]
-rule = "Path(`/{REVISION}`)"
-priority = 1000000
-entryPoints = [{toml_string(settings.traefik_api_entrypoint)}]
-middlewares = ["{REVISION}"]
-service = "noop@internal"
-"""
+        api = {"entryPoints": [settings.traefik_api_entrypoint], "middlewares": [REVISION]}
+        rule = {"rule": f"Path(`/{REVISION}`)", "priority": 1000000, "service": "noop@internal"}
+        text += toml_table(f"http.routers.{REVISION}", **rule, **api)
     return text
 
 
@@ -932,6 +855,8 @@ def check_certificate(files: CertificateFiles, now: datetime.datetime) -> tuple[
 # Rules file ---------------------------------------------------------------------------------------
 # The file is written whole for each batch of changes, in the worker thread.
 
+Validate = Callable[[str], str]  # that of jupyterhub.proxy.Proxy: returns the whole routespec
+
 
 def sharing_interpreter(items: Iterable[Result]) -> Iterator[Result]:
     """Yield items, and let the hub's event loop go on in between: it shares Python's lock.
@@ -955,36 +880,31 @@ class RulesFile:
     revision, it serves all of it.
     """
 
-    def __init__(self, settings: Settings, version: Version, log: logging.Logger) -> None:
-        """Render what does not change with the routes. Raises ``ValueError``, naming the option."""
+    def __init__(
+        self, settings: Settings, version: Version, validate: Validate, log: logging.Logger
+    ) -> None:
+        """Take over the routes in the file. Raises ``OSError`` or ``ValueError``."""
         self.path = settings.rules_file
         self.routes: dict[str, Route] = {}  # as in the file; replaced, never changed
         self.revision = ""  # of what was written last
         self._settings, self._version, self._log = settings, version, log
         self._others = ""  # what other people wrote
-        self._written: Signature | None = None
+        self._written = signature(self.path)
         self._certificate_seen: list[Signature | None] = []  # what Traefik has read
         config = dynamic_config(settings, version, self._usable_certificate())
         self._head = f"{WRITTEN_BY}\n{config}"
-
-    def make_route(self, routespec: str, target: str, data: str) -> Route:
-        """Render a route for this file; ``data`` is JSON. Raises ``ValueError``."""
-        transport = TRANSPORT if self._settings.internal_ssl else ""
-        return make_route(routespec, target, data, self._version >= PARTLY_ENCODED, transport)
-
-    def load(self, validate: Callable[[str], str]) -> None:
-        """Take over the routes in the file; ``validate`` is that of ``jupyterhub.proxy.Proxy``.
-
-        Raises ``OSError``.
-        """
-        self.routes, self._written = {}, signature(self.path)
         for line in self._read():
             try:
                 routespec, target, data = json.loads(line)
                 routespec = validate(routespec)
                 self.routes[routespec] = self.make_route(routespec, target, json.dumps(data))
             except (AttributeError, TypeError, ValueError) as error:
-                self._log.warning("%s: route %s left out: %s", self.path, line, error)
+                log.warning("%s: route %s left out: %s", self.path, line, error)
+
+    def make_route(self, routespec: str, target: str, data: str) -> Route:
+        """Render a route for this file; ``data`` is JSON. Raises ``ValueError``."""
+        transport = TRANSPORT if self._settings.internal_ssl else ""
+        return make_route(routespec, target, data, self._version >= PARTLY_ENCODED, transport)
 
     def changed_by_others(self) -> bool:
         """Whether the file is not the one that was written."""
@@ -1001,19 +921,15 @@ class RulesFile:
         revision = secrets.token_hex(8)
         parts = self._others, "\n", self._head, self._render(routes)
         text = "".join((*parts, revision_tables(self._settings, revision), END, "\n"))
-        certificate = self._certificate_signatures()
+        certificate = [signature(path) for path in self._settings.certificate or ()]
         keep_mode = not self._settings.should_start
         self._written = replace_file(self.path, text, RULES, keep_mode)
         self.routes, self.revision, self._certificate_seen = routes, revision, certificate
 
     def certificate_renewed(self) -> bool:
-        """Whether ``ssl_cert`` or ``ssl_key`` is another file than Traefik has read.
-
-        Raises ``ValueError`` if the two are of no use.
-        """
-        if self._certificate_signatures() == self._certificate_seen:
-            return False
-        return self._usable_certificate() is not None
+        """Whether ``ssl_cert`` is another file than Traefik has read. Raises ``ValueError``."""
+        now = [signature(path) for path in self._settings.certificate or ()]
+        return now != self._certificate_seen and self._usable_certificate() is not None
 
     def remove(self) -> None:
         """Remove the file, but for what other people wrote. Raises ``OSError``."""
@@ -1045,7 +961,7 @@ class RulesFile:
             if has_tree and path_of(routespec).startswith(base)
         }
         text, parents = [], defaultdict[str, list[str]](list)
-        for group in sharing_interpreter(route_tree(in_tree.values(), ROOTS)):
+        for group in sharing_interpreter(route_tree(in_tree.values(), f'"{PAGES}", "{ROOT}"')):
             text.append(group.router)
             for key in group.members:
                 parents[key].append(f'"{group.name}"')
@@ -1067,10 +983,6 @@ class RulesFile:
             with suppress(ImportError):
                 return placeholder_certificate(now)
         return files
-
-    def _certificate_signatures(self) -> list[Signature | None]:
-        """Return the signatures of the files of ``ssl_cert`` and ``ssl_key``, if any."""
-        return [signature(path) for path in self._settings.certificate or ()]
 
 
 # Traefik API --------------------------------------------------------------------------------------
@@ -1118,17 +1030,16 @@ class TraefikAPI:
     def __init__(self, settings: Settings, password: str) -> None:
         """Prepare; connect with the first question. Without a password send no credentials."""
         self.url = settings.traefik_api_url.rstrip("/")
-        self._https = self.url.startswith("https:")
         token = f"{settings.traefik_api_username}:{password}".encode()
         basic = f"Basic {base64.b64encode(token).decode()}"
         self._credentials = {"Authorization": basic} if password else {}
-        place = urlsplit(self.url)
+        place, https = urlsplit(self.url), self.url.startswith("https:")
         self._path = place.path
-        host, port = place.hostname or "", place.port or (443 if self._https else 80)
+        host, port = place.hostname or "", place.port or (443 if https else 80)
         self.connection = HTTPConnection(host, port)
-        if self._https:
-            internal = settings.internal_ssl if settings.should_start else None
-            trusted = internal.api_trusted if internal else None
+        if https:
+            internal = settings.internal_ssl and settings.should_start
+            trusted = f"{settings.internal_ssl}/hub-ca_trust.crt" if internal else None
             context = ssl.create_default_context(cafile=trusted)
             if not settings.traefik_api_validate_cert:
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -1146,7 +1057,7 @@ class TraefikAPI:
 
     def get(self, path: str, timeout: float) -> Table:
         """Return the JSON object at a path, of 4 MiB at most. Raises ``APIError``."""
-        text = self._read(path, timeout, lambda response: response.read(4 << 20))
+        text = self._read(path, timeout, 4 << 20)
         with suppress(ValueError, RecursionError):
             if isinstance(answer := json.loads(text), dict):
                 return answer
@@ -1177,24 +1088,21 @@ class TraefikAPI:
     def requests(self, timeout: float) -> dict[str, float]:
         """Return how many requests each service of the file has had. Raises ``APIError``."""
         counts: dict[str, float] = defaultdict(float)
-
-        def count(response: HTTPResponse) -> None:
-            while line := response.readline(1 << 16):
-                name, _, labels = line.partition(b"{")
-                service = re.search(rb'service="([\w-]+)@file"', labels)
-                if name == b"traefik_service_requests_total" and service:
+        for line in self._read("/metrics", timeout, 1 << 26).splitlines():
+            name, _, labels = line.partition(b"{")
+            service = re.search(rb'service="([\w-]+)@file"', labels)
+            if name == b"traefik_service_requests_total" and service:
+                with suppress(ValueError):
                     counts[service[1].decode()] += float(line.rpartition(b" ")[2])
-
-        self._read("/metrics", timeout, count)
         return counts
 
-    def _read(self, path: str, timeout: float, use: Callable[[HTTPResponse], Result]) -> Result:
-        """Return what a function makes of the answer at a path, in as many seconds at most."""
+    def _read(self, path: str, timeout: float, most: int) -> bytes:
+        """Return the answer at a path, some seconds later at most, and cut off after some bytes."""
         self.close()  # an old connection may have broken
         try:
             response = self._send(self._path + path, self._credentials, timeout)
             if response.status == 200:
-                return use(response)
+                return response.read(most)
         except (OSError, HTTPException, ValueError) as error:
             raise APIError(f"{self.url} cannot be reached ({error})") from None
         finally:
@@ -1278,12 +1186,10 @@ class TraefikProcess:
         self.served = False  # until it has, its end is a failed start
         self.log = log
         self._command = [*command, "--configfile", settings.static_file]
-        self._env = {"GOGC": "200", **os.environ, **settings.traefik_env}
         self._static = static_config(settings, version)
         start = json.dumps([self._static, version, command, settings.traefik_env])
         self._start_hash = hashlib.sha256(start.encode()).hexdigest().encode()
-        self._pid_file = settings.pid_file
-        self._secret = settings.traefik_api_hashed_password  # kept out of the log
+        self._settings, self._pid_file = settings, settings.pid_file
         self._pidfd = -1
         self._popen: subprocess.Popen[bytes] | None = None  # None for an adopted one
         self._watcher = threading.Thread(target=self._watch, name="traefik-watch", daemon=True)
@@ -1332,7 +1238,7 @@ class TraefikProcess:
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=self._output,
-            env=self._env,
+            env={"GOGC": "200", **os.environ, **self._settings.traefik_env},
             start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
         )
         self._set_pid(self._popen.pid)
@@ -1428,10 +1334,7 @@ class TraefikProcess:
                     self.log.error("Traefik cannot be started: %s", error)
 
     def _pass_on(self) -> None:
-        """Pass on what Traefik wrote, whole lines only, to the hub's log.
-
-        What has been passed on is cut off when it is more than 1 MiB.
-        """
+        """Pass whole lines that Traefik wrote on to the hub's log; cut them off after 1 MiB."""
         output, most = self._output.fileno(), 1 << 20
         while data := os.pread(output, most, self._passed_on):
             end = data.rfind(b"\n") + 1
@@ -1447,7 +1350,8 @@ class TraefikProcess:
 
     def _readable(self, data: bytes) -> list[str]:
         """Return lines of Traefik's output, without the secret."""
-        return data.decode(errors="replace").replace(self._secret, "[hidden]").splitlines()
+        secret = self._settings.traefik_api_hashed_password
+        return data.decode(errors="replace").replace(secret, "[hidden]").splitlines()
 
 
 # Confirmation -------------------------------------------------------------------------------------
@@ -1464,10 +1368,11 @@ class Confirmation:
     """
 
     def __init__(
-        self, rules: RulesFile, api: TraefikAPI, process: TraefikProcess | None, timeout: float
+        self, settings: Settings, rules: RulesFile, api: TraefikAPI, process: TraefikProcess | None
     ) -> None:
-        """Without a process somebody else starts Traefik. The timeout is in seconds."""
-        self._rules, self._api, self._process, self._timeout = rules, api, process, timeout
+        """Without a process somebody else starts Traefik."""
+        self._rules, self._api, self._process = rules, api, process
+        self._timeout = settings.check_route_timeout
         self._served = ""  # the newest revision that Traefik was seen to serve
         self._header_works = False  # whether Traefik shows the revision there, too
         self._pace = 0.001  # seconds that Traefik took of late
@@ -1503,7 +1408,10 @@ class Confirmation:
             self._help(problem, elapsed)
         else:
             limit = f"within {self._timeout:g} s (check_route_timeout)"
-            reason = diagnose(problem, self._rules.path, self._api, self._process)
+            if self._process:
+                reason = f"{problem}. {self._process.last_words()}"
+            else:
+                reason = diagnose(problem, self._rules.path, self._api)
             raise TimeoutError(f"Traefik did not load {self._rules.path} {limit}: {reason}")
         self._served = self._rules.revision
         self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
@@ -1563,15 +1471,8 @@ class Confirmation:
         self._helped = elapsed
 
 
-def diagnose(
-    problem: APIError, rules: str, api: TraefikAPI, process: TraefikProcess | None = None
-) -> str:
-    """Say what is wrong and what to set, by the API's last answer and one more question.
-
-    ``rules`` is the path of the dynamic file.
-    """
-    if process:
-        return f"{problem}. {process.last_words()}"
+def diagnose(problem: APIError, rules: str, api: TraefikAPI) -> str:
+    """Say what is wrong, and what whoever starts Traefik has to set; ``rules`` is a path."""
     setting = f"set [providers.file] filename = {toml_string(rules)} in its static file"
     setting += "; or its log tells why: it may not read it, or it was missing at its start"
     advice = {
@@ -1597,12 +1498,12 @@ def diagnose(
 class Activity:
     """When each route was used last, as far as Traefik's counters of requests tell."""
 
-    def __init__(self, api: TraefikAPI, log: logging.Logger, new_pid: int) -> None:
+    def __init__(self, api: TraefikAPI, log: logging.Logger, new_pid: int = 0) -> None:
         """``new_pid``: of a Traefik that was started just now, 0 for one with a past."""
         self._api, self._log = api, log
         # The process that was asked last, and how many requests each service had had.
         self._asked: tuple[int, dict[str, float]] | None = (new_pid, {}) if new_pid else None
-        self._used: dict[str, str | None] = {}  # by service, ISO 8601
+        self.used: dict[str, str | None] = {}  # by service, ISO 8601
 
     def update(self, pid: int, timeout: float) -> None:
         """Note which services had requests since Traefik, with this pid now, was asked last."""
@@ -1614,15 +1515,11 @@ class Activity:
             return
         asked, before = self._asked or (pid, requests)
         before = before if asked == pid else {}  # it was started again and counts from 0
-        self._used = {
-            service: now if before.get(service) != number else self._used.get(service)
+        self.used = {
+            service: now if before.get(service) != number else self.used.get(service)
             for service, number in requests.items()
         }
         self._asked = pid, requests
-
-    def last(self, routespec: str) -> str | None:
-        """Return when a route was used last, ISO 8601; None if that is not known."""
-        return self._used.get(route_name(routespec))
 
 
 # The proxy ----------------------------------------------------------------------------------------
@@ -1633,7 +1530,6 @@ RENEWAL = 20  # seconds between two looks at the certificate
 
 Change = tuple[str, tuple[str, str] | None]  # (routespec, (target, data)); None to delete
 Batch = list[Change]  # changes that are written together
-Validate = Callable[[str], str]  # that of jupyterhub.proxy.Proxy: returns the whole routespec
 
 
 class TraefikControl:
@@ -1644,7 +1540,6 @@ class TraefikControl:
     """
 
     rules: RulesFile
-    activity: Activity
     confirmation: Confirmation
     process: TraefikProcess | None = None  # None where somebody else starts Traefik
     running = False  # whether routes can be changed
@@ -1654,6 +1549,7 @@ class TraefikControl:
     ) -> None:
         """Prepare. Once ``closing`` is set, every wait ends."""
         self.api = TraefikAPI(settings, settings.traefik_api_password)
+        self.activity = Activity(self.api, log)
         self._settings, self._validate = settings, validate
         self._log, self._closing = log, closing
 
@@ -1664,10 +1560,15 @@ class TraefikControl:
         log.info("Traefik %s: %s", ".".join(map(str, version)), command[0])
         read_static(settings)
         existed = os.path.exists(settings.rules_file)
-        self._load(version)
-        process = self._find_process(command, version)
+        self.rules = RulesFile(settings, version, self._validate, log)
+        process = TraefikProcess(settings, command, version, log)
+        port = urlsplit(settings.traefik_api_url).port or 0
+        if not process.find() and (holder := port_holder(port)):  # who could answer in its place
+            process.release()
+            raise RuntimeError(f"{self.api.url} (traefik_api_url) is held by {holder}")
+        self.process = process
+        self.confirmation = Confirmation(settings, self.rules, self.api, process)
         adopted = process.served and process.fits
-        self._use(process)
         try:
             self.rules.write(self.rules.routes)
             if adopted:
@@ -1682,8 +1583,8 @@ class TraefikControl:
             else:
                 self.stop(remove_rules=not existed)
             raise
-        self.activity = Activity(self.api, log, new_pid=0 if adopted else process.pid)
         if not adopted:
+            self.activity = Activity(self.api, log, process.pid)
             process.watch()
         log.info("Traefik (pid %i) serves %s", process.pid, settings.public_url)
         self.running = True
@@ -1697,11 +1598,10 @@ class TraefikControl:
             read_static(settings)
         except (OSError, ValueError) as error:  # Traefik may have another one
             self._log.warning("%s", error)
-        self.activity = Activity(self.api, self._log, new_pid=0)
         version = UNKNOWN  # until its API can be asked, which the dynamic file opens
         for _ in range(2):
-            self._load(version)
-            self._use(None)
+            self.rules = RulesFile(settings, version, self._validate, self._log)
+            self.confirmation = Confirmation(settings, self.rules, self.api, None)
             self.rules.write(self.rules.routes)
             self.confirmation.wait(self._closing)
             said = self.api.get("/api/version", settings.check_route_timeout).get("Version")
@@ -1747,7 +1647,7 @@ class TraefikControl:
         routes: dict[str, Table] = {}
         for route in sharing_interpreter(self.rules.routes.values()):
             routespec, target, data = json.loads(route.stored)
-            if active := self.activity.last(routespec):
+            if active := self.activity.used.get(route_name(routespec)):
                 data["last_activity"] = active
             routes[routespec] = {"routespec": routespec, "target": target, "data": data}
         return routes
@@ -1761,38 +1661,6 @@ class TraefikControl:
             self.process.release(end=True)
             if remove_rules:
                 self.rules.remove()
-
-    def _load(self, version: Version) -> None:
-        """Know what is in the dynamic file, for a version of Traefik."""
-        self.rules = RulesFile(self._settings, version, self._log)
-        self.rules.load(self._validate)
-
-    def _use(self, process: TraefikProcess | None) -> None:
-        """Have the confirmation help this process, if any."""
-        self.process = process
-        timeout = self._settings.check_route_timeout
-        self.confirmation = Confirmation(self.rules, self.api, process, timeout)
-
-    def _find_process(self, command: Sequence[str], version: Version) -> TraefikProcess:
-        """Return the process of Traefik, which may run already."""
-        process = TraefikProcess(self._settings, command, version, self._log)
-        port = urlsplit(self._settings.traefik_api_url).port or 0
-        if not process.find() and (holder := port_holder(port)):  # who could answer in its place
-            process.release()
-            raise RuntimeError(f"{self.api.url} (traefik_api_url) is held by {holder}")
-        return process
-
-
-def internal_ssl_files(app: Any) -> InternalSSL:
-    """Return the files of ``JupyterHub.internal_ssl``, of a JupyterHub that uses it."""
-
-    def files(name: str) -> CertificateFiles:
-        pair = app.internal_proxy_certs[name]
-        return os.path.abspath(pair["certfile"]), os.path.abspath(pair["keyfile"])
-
-    trusted = os.path.abspath(app.internal_trust_bundles["proxy-client-ca"])
-    api_trusted = os.path.abspath(app.internal_ssl_ca)
-    return InternalSSL(trusted, files("proxy-client"), files("proxy-api"), api_trusted)
 
 
 class TraefikTomlProxy(Proxy):  # type: ignore[misc]
@@ -1868,44 +1736,34 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     extra_static_config = Dict()
     extra_dynamic_config = Dict(Dict())
 
-    @default("traefik_entrypoint")
-    def _default_entrypoint(self) -> str:
-        # Without ssl_cert JupyterHub turns the https of bind_url into http.
-        return "https" if self.public_url[:6] == "https:" or self.letsencrypt_domains else "http"
-
-    @default("traefik_api_url")
-    def _default_api_url(self) -> str:
-        return f"http{'s' if self.app.internal_ssl else ''}://127.0.0.1:8099"
-
-    @default("traefik_api_password")
-    def _default_password(self) -> str:
-        return secrets.token_urlsafe(32) if self.should_start else ""
-
-    @default("traefik_api_hashed_password")
-    def _default_hashed_password(self) -> str:
-        return apr1_hash(self.traefik_api_password)
-
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # Without ssl_cert JupyterHub turns the https of bind_url into http.
+        self._https = self.public_url.startswith("https:") or bool(self.letsencrypt_domains)
+        self.traefik_entrypoint = self.traefik_entrypoint or ("https" if self._https else "http")
+        local_api = f"http{'s' if self.app.internal_ssl else ''}://127.0.0.1:8099"
+        self.traefik_api_url = self.traefik_api_url or local_api
+        if self.should_start and not self.traefik_api_password:
+            self.traefik_api_password = secrets.token_urlsafe(32)
+        hashed = self.traefik_api_hashed_password or apr1_hash(self.traefik_api_password)
+        self.traefik_api_hashed_password = hashed
         self.control: TraefikControl | None = None  # None while it does not run
         self._worker = ThreadPoolExecutor(1, "traefik-toml-proxy")  # alone uses the control
         self._closing = threading.Event()
         self._renewal: asyncio.Task[None] | None = None
-        self._lock = threading.Lock()  # of the next line
+        self._turn = asyncio.Lock()  # of the batch that is written
         self._next: tuple[Batch, asyncio.Task[dict[int, ValueError]]] | None = None
 
     def make_settings(self) -> Settings:
         """Return all that the options and JupyterHub say. Raises ``ValueError``."""
-        fields = [
-            field.name for field in dataclasses.fields(Settings) if self.has_trait(field.name)
-        ]
-        usual = not self.should_start
+        names = [field.name for field in dataclasses.fields(Settings) if self.has_trait(field.name)]
+        usual, app = not self.should_start, self.app
         static_file = find_file(self.toml_static_config_file, usual)
         pid_file = os.path.join(os.path.dirname(static_file), "traefik.pid")
         cert, key = map(os.path.abspath, (self.ssl_cert, self.ssl_key or self.ssl_cert))
         by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
         return Settings(
-            **{name: getattr(self, name) for name in fields},
+            **{name: getattr(self, name) for name in names},
             class_name=type(self).__name__,
             static_file=static_file,
             rules_file=find_file(self.toml_dynamic_config_file, usual),
@@ -1914,18 +1772,17 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             api_address=listen_address("traefik_api_url", self.traefik_api_url),
             opens_api=self.should_start or self.enable_setup_dynamic_config,
             counts_requests=self.should_start and self.track_last_activity,
-            https="https" in (self.traefik_entrypoint, self._default_entrypoint()),
+            https=self._https or self.traefik_entrypoint == "https",
             redirect_port=self.redirect_http_port or (80 if by_http else 0),
             certificate=(cert, key) if self.ssl_cert else None,
-            internal_ssl=internal_ssl_files(self.app) if self.app.internal_ssl else None,
+            internal_ssl=os.path.abspath(app.internal_certs_location) if app.internal_ssl else "",
             hub_url=self.hub.url,
             base_path=path_of(self.hub.routespec),
         )
 
     async def start(self) -> None:
         """Start Traefik or adopt it. Raises ``ValueError``, ``OSError``, ``RuntimeError``."""
-        if not self.control:
-            await self._set_up()
+        await self._running_control(starts=True)
 
     async def stop(self) -> None:
         """Stop Traefik within a second and remove both files. Harmless when it does not run."""
@@ -1972,25 +1829,28 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         start their servers at once cost a few reloads of Traefik, not a hundred.
         """
         control = await self._running_control()
-        with self._lock:
-            if self._next is None:
-                new: Batch = []  # handed over when all that comes at the same time is in it
-                self._next = new, asyncio.ensure_future(self._submit(self._commit, control, new))
-            batch, done = self._next
-            index = len(batch)
-            batch.extend(changes)
+        if self._next is None:
+            new: Batch = []  # handed over when all that comes at the same time is in it
+            self._next = new, asyncio.ensure_future(self._commit(control, new))
+        batch, done = self._next
+        index = len(batch)
+        batch.extend(changes)
         refused = await asyncio.shield(done)
         if changes and index in refused:
             raise refused[index]
 
-    async def _running_control(self) -> TraefikControl:
-        """In external mode nothing calls start(): set up at the first call, whichever it is."""
-        if not self.control and self.should_start:
-            raise RuntimeError("Traefik is not running: call start() first")
-        return self.control or await self._set_up()
+    async def _commit(self, control: TraefikControl, batch: Batch) -> dict[int, ValueError]:
+        """Close the batch when the one before has been written, and write it."""
+        async with self._turn:
+            self._next = None  # what comes from now on forms the next batch
+            return await self._submit(control.commit, batch)
 
-    async def _set_up(self) -> TraefikControl:
-        """Start Traefik, or connect to one, and look after the certificate from then on."""
+    async def _running_control(self, starts: bool = False) -> TraefikControl:
+        """In external mode nothing calls start(): set up at the first call, whichever it is."""
+        if self.control:
+            return self.control
+        if self.should_start and not starts:
+            raise RuntimeError("Traefik is not running: call start() first")
         self._closing.clear()
         control = await self._to_the_end(self._start)
         if self.ssl_cert and not self._renewal:
@@ -2028,7 +1888,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                     await asyncio.wait([task])
             raise
 
-    # The next three run in the worker thread.
+    # The next two run in the worker thread.
 
     def _start(self) -> TraefikControl:
         """Make a control that runs, unless there is one. Raises as its methods do."""
@@ -2050,21 +1910,11 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         if control:
             control.stop()
 
-    def _commit(self, control: TraefikControl, batch: Batch) -> dict[int, ValueError]:
-        """Close the batch, and write it."""
-        with self._lock:
-            self._next = None  # what comes from now on forms the next batch
-        return control.commit(batch)
 
-
-def describe_options(kind: type[TraefikTomlProxy]) -> None:
-    """Make all traits of a class options, and the texts of its docstring their helps."""
-    texts = dict(re.findall(r"(?m)^- (\w+): (.*(?:\n  .*)*)", inspect.cleandoc(kind.__doc__ or "")))
-    for name, option in kind.class_own_traits().items():
-        option.tag(config=True).help = " ".join(texts.get(name, "").split())
-
-
-describe_options(TraefikTomlProxy)
+# Python 3.13 strips a docstring of its indentation.
+helps = dict(re.findall(r"(?m)^ *- (\w+): (.*(?:\n +[^ -].*)*)", str(TraefikTomlProxy.__doc__)))
+for option_name, option_trait in TraefikTomlProxy.class_own_traits().items():
+    option_trait.tag(config=True).help = " ".join(helps.get(option_name, "").split())
 
 
 # Command line -------------------------------------------------------------------------------------
@@ -2085,15 +1935,14 @@ def load_proxy(config_file: str) -> TraefikTomlProxy:
             open(path).close()
             app.load_config_file(path)
             app.log_level = "CRITICAL"
-            if app.internal_ssl:
-                find_internal_ssl(app)
             app.init_hub()
             app.init_proxy()
             proxy: TraefikTomlProxy = app.proxy
             if not hasattr(proxy, "make_settings"):
-                kind = type(proxy)
-                raise TypeError(f"JupyterHub.proxy_class is {kind}, not this TraefikTomlProxy")
-            proxy.make_settings()
+                other = f"JupyterHub.proxy_class is {type(proxy)}, not this TraefikTomlProxy"
+                raise TypeError(other)
+            if place := proxy.make_settings().internal_ssl:
+                os.stat(f"{place}/hub-ca_trust.crt")
     except (Exception, SystemExit) as problem:
         error = (isinstance(problem, SystemExit) and problem.__context__) or problem
         frames = traceback.extract_tb(error.__traceback__)
@@ -2109,22 +1958,8 @@ def load_proxy(config_file: str) -> TraefikTomlProxy:
     return proxy
 
 
-def find_internal_ssl(app: Any) -> None:
-    """Have a JupyterHub know what its ``init_internal_ssl`` does, which writes files."""
-    place = app.internal_certs_location
-    app.internal_ssl_ca = f"{place}/hub-ca_trust.crt"
-    app.internal_trust_bundles["proxy-client-ca"] = f"{place}/proxy-client-ca_trust.crt"
-    for name in ("proxy-api", "proxy-client"):
-        files = {"certfile": f"{place}/{name}/{name}.crt", "keyfile": f"{place}/{name}/{name}.key"}
-        app.internal_proxy_certs[name] = files
-    os.stat(app.internal_ssl_ca)
-
-
 class Check:
-    """Walks the chain from the hub to Traefik, and changes nothing on its way.
-
-    Each public method looks at one link and returns what it found.
-    """
+    """Walks the chain from the hub to Traefik. Each public method looks at one link."""
 
     def __init__(self, proxy: TraefikTomlProxy) -> None:
         """Take all from a proxy that does not run. Raises ``ValueError``."""
@@ -2132,16 +1967,6 @@ class Check:
         self.api = TraefikAPI(self.settings, self.settings.traefik_api_password)
         option, kinds = "traefik_api_password", type(proxy).__mro__
         self.password_given = any(option in proxy.config.get(kind.__name__, {}) for kind in kinds)
-
-    def findings(self) -> Iterator[tuple[str, str, str]]:
-        """Yield (name, level, text) for each link."""
-        links = self.traefik, self.static, self.dynamic, self.api_access, self.revision
-        for look in (*links, self.certificates):
-            try:
-                level, text = look()
-            except Exception as error:
-                level, text = "FAIL", str(error)
-            yield look.__name__.removesuffix("_access"), level, text
 
     def traefik(self) -> Finding:
         """Find the program that the hub starts, or the version that somebody else has started."""
@@ -2164,10 +1989,10 @@ class Check:
             if settings.should_start:
                 return "ok", f"{path} is written when the hub starts"
             return "warn", f"no {path}: set {STATIC} to Traefik's own, to have it checked"
-        config = read_static(settings)
+        config = flatten(read_static(settings))
         found = {"providers.file.watch": True}
-        found |= {key.lower(): value for key, value in flatten(config).items()}
-        faults = self._missing_tables({key.lower(): value for key, value in config.items()}, found)
+        found |= {key.lower(): value for key, value in config.items()}
+        faults = self._missing_tables("\n".join(config))
         reads = str(found.get("providers.file.filename", ""))
         if directory := found.get("providers.file.directory"):
             reads = os.path.join(str(directory), os.path.basename(settings.rules_file))
@@ -2181,20 +2006,19 @@ class Check:
         odd = [provider] * wrong + self._differences(found)
         return ("warn", f"{path} is without {'; '.join(odd)}") if odd else ("ok", f"{path} fits")
 
-    def _missing_tables(self, tables: Table, found: Table) -> list[str]:
-        """Name the tables without which nothing works; ``found``: values by dotted keys."""
-        settings, missing = self.settings, []
+    def _missing_tables(self, keys: str) -> list[str]:
+        """Name the tables without which nothing works; ``keys`` are dotted, one a line."""
+        needed = {}  # by what their keys look like
         # With opens_api off, the API's entry point is somebody else's, too.
-        for option in ["traefik_entrypoint", "traefik_api_entrypoint"][: 1 + settings.opens_api]:
-            name = getattr(settings, option)
-            known = name in tables.get("entrypoints", {})
-            if not known or f"entrypoints.{name.lower()}.address" not in found:
-                missing.append(f"[entryPoints.{name}] ({option})")
-        if "api" not in tables:
-            missing.append("[api]")
-        if settings.letsencrypt_domains and "certificatesresolvers" not in tables:
-            missing.append("[certificatesResolvers]")
-        return missing
+        options = ["traefik_entrypoint", "traefik_api_entrypoint"][: 1 + self.settings.opens_api]
+        for option in options:
+            name = getattr(self.settings, option)
+            form = rf"entryPoints\.(?-i:{re.escape(name)})\.address"
+            needed[form] = f"[entryPoints.{name}] ({option})"
+        needed["api"] = "[api]"
+        if self.settings.letsencrypt_domains:
+            needed["certificatesResolvers"] = "[certificatesResolvers]"
+        return [name for form, name in needed.items() if not re.search(rf"(?im)^{form}\b", keys)]
 
     def _differences(self, found: Table) -> list[str]:
         """Name what the static file should have, and what it has instead."""
@@ -2246,10 +2070,8 @@ class Check:
             return self._explain(error)
         with suppress(APIError):
             TraefikAPI(self.settings, "").get("/api/version", 5)
-            return (
-                "warn",
-                f"{url} answers without a password: whoever reaches it can read all routes",
-            )
+            text = f"{url} answers without a password: whoever reaches it can read all routes"
+            return "warn", text
         return "ok", f"{url} takes the hub's credentials and refuses others"
 
     def _explain(self, error: APIError) -> Finding:
@@ -2271,8 +2093,8 @@ class Check:
     def revision(self) -> Finding:
         """Compare the revision in the dynamic file with the one that Traefik shows."""
         path, limit = self.settings.rules_file, self.settings.check_route_timeout
-        problem, began, elapsed = APIError("not asked"), time.monotonic(), 0.0
-        while elapsed < limit:  # for a hub may be writing just now
+        problem, end = APIError("not asked"), time.monotonic() + limit
+        while time.monotonic() < end:  # for a hub may be writing just now
             revision = split_rules(read_file(path, RULES))[2]
             if not revision:
                 return "ok", f"no hub has written {path} yet: this is known after its first start"
@@ -2285,8 +2107,7 @@ class Check:
             if problem.status in (0, 401):  # the link before has told
                 return "warn", f"not known, because {problem}"
             time.sleep(0.05)
-            elapsed = time.monotonic() - began
-        late = f"Traefik does not serve this version of {path} after {elapsed:.0f} s"
+        late = f"Traefik does not serve this version of {path} after {limit:.0f} s"
         reason = diagnose(problem, path, self.api)
         return "FAIL", f"{late} (check_route_timeout): {reason}"
 
@@ -2298,7 +2119,8 @@ class Check:
         shown, doubts, least = [], [], 99
         if settings.certificate:
             names, least = check_certificate(settings.certificate, now)
-            shown.append(f"{settings.certificate[0]}: for {names}, {least} days left")
+            if names:  # without cryptography nothing is known
+                shown.append(f"{settings.certificate[0]}: for {names}, {least} days left")
         for name in (settings.letsencrypt_domains or [host]) if settings.https else ():
             try:
                 names, days = certificate_facts(shown_certificate(address, name), now)
@@ -2318,10 +2140,7 @@ class Check:
 
 
 def shown_certificate(address: str, name: str) -> bytes:
-    """Return the certificate that a server shows for a name, whatever it is, as DER.
-
-    ``address`` is where the server listens, such as ``:443``. Raises ``OSError``.
-    """
+    """Return the certificate that a server shows for a name, as DER. Raises ``OSError``."""
     host, _, port = address.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -2339,7 +2158,14 @@ def findings(config_file: str) -> Iterator[tuple[str, str, str]]:
         return
     who = "the hub" if proxy.should_start else "somebody else"
     yield "configuration", "ok", f"{os.path.abspath(config_file)}: {who} starts Traefik"
-    yield from Check(proxy).findings()
+    look = Check(proxy)
+    links = look.traefik, look.static, look.dynamic, look.api_access, look.revision
+    for link in (*links, look.certificates):
+        try:
+            level, text = link()
+        except Exception as error:
+            level, text = "FAIL", str(error)
+        yield link.__name__.removesuffix("_access"), level, text
 
 
 def check(arguments: argparse.Namespace) -> bool:
