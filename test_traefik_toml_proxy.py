@@ -817,10 +817,9 @@ def test_what_others_wrote_survives_odd_moments(tmp_path: Path) -> None:
     rules, path = rules_file(tmp_path), tmp_path / "rules.toml"
     path.write_text(MINE)
     rules.write({})
-    for damage in ("", None):  # an editor that truncates first, or that moves the file away first
-        path.unlink() if damage is None else path.write_text(damage)
-        rules.write({})
-        assert "mine" in tomli.loads(path.read_text())["http"]["routers"]
+    path.write_text("")  # of an editor that truncates first
+    rules.write({})
+    assert "mine" in tomli.loads(path.read_text())["http"]["routers"]
     render = proxy.route_tree
 
     def edited_meanwhile(*args: Any) -> Any:

@@ -745,11 +745,11 @@ def parse_others(others: str, own: str) -> Table:
     ``own`` is what the hub writes beside routes, as TOML.
     """
     try:
+        tomli.loads(f"{others}\n{own}")
         tables = tomli.loads(others)
         for table in tables.get("http", {}).values():
             if any(name.endswith("_") for name in table):
                 raise ValueError("names that end in _ are the hub's")
-        tomli.loads(f"{others}\n{own}")
     except (AttributeError, RecursionError, TypeError) as error:
         raise ValueError(str(error)) from None
     return tables
@@ -819,6 +819,12 @@ def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signatur
             os.unlink(temporary)
         raise file_error("write", path, option, error) from None
     return written
+
+
+def remove_file(path: str) -> None:
+    """Remove a file, if it is there. Raises ``OSError``."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def find_file(path: str, usual: bool) -> str:
@@ -953,17 +959,16 @@ class RulesFile:
         if self._others:
             replace_file(self.path, f"{self._others}\n", RULES, keep_mode=False)
         else:
-            with suppress(FileNotFoundError):
-                os.unlink(self.path)
+            remove_file(self.path)
 
     def _read(self) -> list[str]:
         """Learn what other people wrote into the file; return the hub's lines of routes.
 
-        An empty file, or none, is one that somebody is about to write, or has lost: what is known
-        of it stays. A file that cannot be kept gets a second name before it is replaced.
+        An empty file is one that somebody is about to write: what is known of it stays. A file that
+        cannot be kept gets a second name before it is replaced.
         """
         text = read_file(self.path, RULES)
-        if not text.strip():
+        if not text and signature(self.path):
             return []
         self._others, lines, _ = split_rules(text)
         try:
@@ -1320,7 +1325,10 @@ class TraefikProcess:
                 break
 
     def release(self, end: bool = False) -> None:
-        """Watch no more; end Traefik and remove its two files if asked to."""
+        """Watch no more; end Traefik and remove its two files if asked to.
+
+        A pid file that names no process is removed anyway.
+        """
         self._stopping.set()
         if end:
             self.end()
@@ -1329,9 +1337,10 @@ class TraefikProcess:
         if end:
             self.end()  # what the watcher may have started at the last moment
         try:
-            for path in (self._command[-1], self._pid_file) if end else ():
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
+            if end:
+                remove_file(self._command[-1])
+            if end or not self.pid:
+                remove_file(self._pid_file)
         finally:
             self._output.close()
             self._lock.close()
