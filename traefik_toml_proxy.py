@@ -34,6 +34,7 @@ import asyncio
 import base64
 import dataclasses
 import datetime
+import errno
 import fcntl
 import getpass
 import glob
@@ -425,6 +426,9 @@ NEWEST: Version = (3, 999, 0)  # stands for one that is not a release
 UNKNOWN: Version = (3, 5, 0)  # stands for one not known yet: what it takes, newer ones take
 PARTLY_ENCODED: Version = (3, 4, 1)  # the first whose rules see paths so, see RESERVED
 PARENTS: Version = (3, 6, 0)  # the first whose routers can have parents
+MAX_HEADER_BYTES: Version = (3, 2, 0)  # the first that can bound headers
+SERVICE_MIDDLEWARES: Version = (3, 7, 0)  # the first whose services can have middlewares
+ALIAS_HEADERS: Version = (3, 7, 12)  # the first that knows what to do with aliases of headers
 REFUSES_CHARACTERS: Version = (3, 6, 3)  # the first that refuses the next ones unless told not to
 ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "QuestionMark", "Hash")
 
@@ -439,6 +443,11 @@ TRANSPORT = "jupyterhub"  # the serversTransport of internal SSL
 # The parent of all routes, on a Traefik that has parents; else it matches nothing. Its status
 # tells whether the entry point of the routes exists.
 ROOT, PAGES = "jupyterhub-rest", "jupyterhub-pages"  # that is for requests that ask for HTML
+# What of a visitor's request would make the hub's page for a dead server his own.
+SESSION = (
+    *("Authorization", "Cookie", "Proxy-Authorization", "Range", "X-Xsrftoken"),
+    *("If-Match", "If-Modified-Since", "If-None-Match", "If-Range", "If-Unmodified-Since"),
+)
 NOTHING = {"rule": "!PathPrefix(`/`)", "service": "noop@internal"}  # matches no request
 # A middleware with the revision of the file as a header, and a router on the API's entry point
 # that shows it. To ask that one costs no password; as it leads to one of Traefik's own services,
@@ -495,6 +504,7 @@ class Settings:
     class_name: str  # options are those of c.CLASS_NAME
     static_file: str
     rules_file: str
+    rules_owner: int  # a user, beside root and the hub's, to whom rules_file may belong
     pid_file: str
     public_address: str  # where Traefik listens for users, such as ":8000"
     api_address: str
@@ -629,14 +639,23 @@ def entry_points(settings: Settings, version: Version) -> str:
     """Return the entry points of users, of the API, and of plain HTTP, as static TOML."""
     names = settings.traefik_entrypoint, settings.traefik_api_entrypoint
     public, api = (f"entryPoints.{toml_key(name)}" for name in names)
+    # X_Forwarded_For and X.Forwarded.For would pass for X-Forwarded-For where CGI or WSGI is used.
+    headers = {"aliasHeadersStrategy": "delete"} if version >= ALIAS_HEADERS else {}
     text = "\n# The entry point of the API and the dashboard."
     text += toml_table(api, address=settings.api_address)
     text += "\n# The entry point for users."
     text += toml_table(public, address=settings.public_address)
     text += "\n# A stop does not wait for open websockets."
     text += toml_table(f"{public}.transport.lifeCycle", graceTimeOut="0s")
-    text += "\n# Uploads may take their time; by default Traefik cuts them after 60 s."
-    text += toml_table(f"{public}.transport.respondingTimeouts", readTimeout="0s")
+    text += "\n# Uploads may take a day; by default Traefik cuts them after 60 s."
+    text += toml_table(f"{public}.transport.respondingTimeouts", readTimeout="24h")
+    if version >= MAX_HEADER_BYTES:
+        text += (
+            "\n# URL and headers have 64 KB together, the most that JupyterHub and Jupyter take."
+        )
+        text += toml_table(f"{public}.http", maxHeaderBytes=60000, **headers)
+    if version >= ALIAS_HEADERS:
+        text += toml_table(f"{api}.http", **headers)
     if settings.traefik_api_url.startswith("https:"):
         text += toml_table(f"{api}.http.tls")
     if settings.https:
@@ -649,6 +668,8 @@ def entry_points(settings: Settings, version: Version) -> str:
         redirect, host = "entryPoints.redirect", settings.public_address.rpartition(":")[0]
         text += "\n# Plain HTTP is redirected."
         text += toml_table(redirect, address=f"{host}:{settings.redirect_port}")
+        if headers:
+            text += toml_table(f"{redirect}.http", **headers)
         aim = {"to": settings.traefik_entrypoint, "scheme": "https"}
         text += toml_table(f"{redirect}.http.redirections.entryPoint", **aim)
     return text
@@ -696,25 +717,42 @@ def dynamic_config(
     return with_extra(text, settings.extra_dynamic_config, "extra_dynamic_config")
 
 
+def root_names(version: Version) -> list[str]:
+    """Return the names of the parents of all routes, for a version of Traefik."""
+    if version < PARENTS:
+        return []
+    return [PAGES, ROOT] if version >= SERVICE_MIDDLEWARES else [ROOT]
+
+
 def roots(settings: Settings, version: Version) -> str:
     """Return the parents of all routes, with the hub's page in place of a bare "Bad Gateway".
 
-    All routes are below two routers, so that requests which ask for no HTML, such as websockets,
-    pass no middleware. A parent has to have a child. Traefik before 3.6 knows no parents.
+    All routes are below two routers, so that requests which ask for no page, such as websockets,
+    pass no middleware. A parent has to have a child. Traefik before 3.6 knows no parents, and one
+    before 3.7 would give the visitor's cookies to the page and the page's to the visitor.
     """
     root, pages = f"http.routers.{ROOT}", f"http.routers.{PAGES}"
     public = {"entryPoints": [settings.traefik_entrypoint]}
-    if version < PARENTS:
+    names = root_names(version)
+    if not names:
         return toml_table(root, **NOTHING, **public)
-    base, page = settings.base_path, urlsplit(settings.hub_url).path + "error/503"
+    base = settings.base_path
     rule, weight = route_rule(base, partly_encoded=True)[0], len(f"PathPrefix(`{base}`)")
-    html = f"{rule} && HeaderRegexp(`Accept`, `text/html`)"
-    errors, name = "http.middlewares.jupyterhub-errors.errors", "jupyterhub-errors"
     text = toml_table(root, rule=rule, priority=weight, **public)
-    text += toml_table(pages, rule=html, priority=weight + 1, middlewares=[name], **public)
-    text += toml_table("http.routers.jupyterhub-none", **NOTHING, parentRefs=[PAGES, ROOT])
-    text += toml_table(errors, status=["502", "504"], service="jupyterhub-hub", query=page)
-    return text + toml_table(f"{errors}.statusRewrites", **{'"502-504"': 503})
+    text += toml_table("http.routers.jupyterhub-none", **NOTHING, parentRefs=names)
+    if PAGES in names:
+        asks = "(Method(`GET`) || Method(`HEAD`)) && HeaderRegexp(`Accept`, `text/html`)"
+        name = "jupyterhub-errors"
+        rule, page = f"{rule} && {asks}", urlsplit(settings.hub_url).path + "error/503"
+        text += toml_table(pages, rule=rule, priority=weight + 1, middlewares=[name], **public)
+        errors = f"http.middlewares.{name}.errors"
+        text += toml_table(errors, status=["502", "504"], service="jupyterhub-hub", query=page)
+        text += toml_table(f"{errors}.statusRewrites", **{'"502-504"': 503})
+        stranger = "http.middlewares.jupyterhub-stranger.headers"  # who has no session
+        text += toml_table(f"{stranger}.customRequestHeaders", **dict.fromkeys(SESSION, ""))
+        text += toml_table(f"{stranger}.customResponseHeaders", **{"Set-Cookie": ""})
+        text += toml_table("http.services.jupyterhub-hub", middlewares=["jupyterhub-stranger"])
+    return text
 
 
 def revision_tables(settings: Settings, revision: str) -> str:
@@ -760,6 +798,7 @@ def parse_others(others: str, own: str) -> Table:
 
 RULES, STATIC = "toml_dynamic_config_file", "toml_static_config_file"  # options, for errors
 Signature = tuple[int, int, int]  # of one version of a file: inode, time of change, size
+MOST_BYTES = 64 << 20  # of a file that is read
 
 
 def signature(file: str | int) -> Signature | None:
@@ -775,22 +814,47 @@ def file_error(verb: str, path: str, option: str, error: OSError) -> OSError:
     return OSError(error.errno, f"cannot {verb} {path} ({option}): {error.strerror}")
 
 
-def read_file(path: str, option: str) -> str:
-    """Return the text of a file, "" if there is none. Raises ``OSError`` naming the option."""
+def distrust(status: os.stat_result, owner: int = 0) -> str:
+    """Say why what was opened is not to be trusted; "" for a regular file of the hub's own.
+
+    That belongs to the hub's user, to root, or to one more user whose id is given.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        return "it is no regular file"
+    if status.st_uid not in (0, os.geteuid(), owner):
+        return f"it belongs to user {status.st_uid}, not to the hub's user {os.geteuid()} or root"
+    if status.st_size > MOST_BYTES:
+        return f"it has {status.st_size} bytes, more than {MOST_BYTES}"
+    return ""
+
+
+def read_file(path: str, option: str, owner: int = 0) -> str:
+    """Return the text of a file, "" if there is none. Raises ``OSError`` naming the option.
+
+    It is opened once and without following a link. ``owner``: see distrust.
+    """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a FIFO may take forever
-        with open(handle, encoding="utf-8-sig", errors="replace") as file:
-            return file.read()
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # a FIFO may hang
     except FileNotFoundError:
         return ""
     except OSError as error:
         raise file_error("read", path, option, error) from None
+    try:
+        if problem := distrust(os.fstat(handle), owner):
+            raise file_error("read", path, option, OSError(errno.EPERM, problem))
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(MOST_BYTES).decode("utf-8-sig", errors="replace")
+    finally:
+        os.close(handle)
 
 
-def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signature | None:
+def replace_file(
+    path: str, text: str, option: str, keep_mode: bool, owner: int = 0
+) -> Signature | None:
     """Atomically replace a file, or create it with mode 0600; return the new signature.
 
-    With ``keep_mode`` it has the mode and, where permitted, owner and group that the file had.
+    With ``keep_mode`` it has the permissions and, where permitted, owner and group of the file,
+    unless that is not to be trusted. ``owner``: see distrust.
     Raises ``OSError`` naming the option; the file is as it was then. No fsync: hubs write routes
     again.
     """
@@ -801,12 +865,12 @@ def replace_file(path: str, text: str, option: str, keep_mode: bool) -> Signatur
             os.unlink(temporary)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(temporary, flags, 0o600), "wb") as file:
-            if keep_mode and os.path.exists(path):
-                old = os.stat(path)
+            old = os.lstat(path) if keep_mode and os.path.lexists(path) else None
+            if old and not distrust(old, owner):
                 for uid in (-1, old.st_uid):  # the group at least, if the owner is not permitted
                     with suppress(PermissionError):
                         os.fchown(file.fileno(), uid, old.st_gid)
-                mode = stat.S_IMODE(old.st_mode)
+                mode = old.st_mode & 0o777
                 if os.fstat(file.fileno()).st_gid != old.st_gid:
                     mode &= ~0o070  # what the old group was permitted, another one is not
                 os.fchmod(file.fileno(), mode)
@@ -827,11 +891,35 @@ def remove_file(path: str) -> None:
         os.unlink(path)
 
 
-def find_file(path: str, usual: bool) -> str:
-    """Return where a file is: with ``usual``, a mere name stands for Traefik's usual places."""
+def find_file(path: str, usual: bool, option: str) -> str:
+    """Return where a file is: with ``usual``, a mere name stands for Traefik's usual places.
+
+    A link is followed if it is the administrator's: if it belongs to root or the hub's user, and
+    lies in a directory that nobody else can write. Raises ``OSError`` for any other.
+    """
     places = [f"/etc/traefik/{path}", os.path.expanduser(f"~/.traefik/{path}")]
     usual = usual and path in ("traefik.toml", "rules.toml")
-    return os.path.realpath(next(filter(os.path.exists, places if usual else ()), path))
+    found = os.path.abspath(next(filter(os.path.lexists, places if usual else ()), path))
+    for _ in range(40):  # as many as Linux follows
+        directory, name = os.path.split(found)
+        if not os.path.islink(found):
+            return os.path.join(os.path.realpath(directory), name)
+        owner = os.lstat(found).st_uid
+        if owner not in (0, os.geteuid()) or others_can_write(directory):
+            text = f"it is a link of user {owner} in a directory that others can write"
+            raise file_error("use", found, option, OSError(errno.EPERM, text))
+        found = os.path.normpath(os.path.join(directory, os.readlink(found)))
+    raise file_error("use", path, option, OSError(errno.ELOOP, "too many links"))
+
+
+def others_can_write(directory: str) -> bool:
+    """Whether somebody else than root and the hub's user may make files in a directory."""
+    with suppress(FileNotFoundError):
+        status = os.stat(directory)
+        by_group = status.st_mode & 0o020 and status.st_gid not in (0, os.getegid())
+        foreign = status.st_uid not in (0, os.geteuid())
+        return bool(status.st_mode & 0o002 or by_group or foreign)
+    return False
 
 
 def read_static(settings: Settings) -> Table:
@@ -945,7 +1033,8 @@ class RulesFile:
         text = "".join((self._others, "\n", self._head, routing, own, END, "\n"))
         certificate = [signature(path) for path in self._settings.certificate or ()]
         keep_mode = not self._settings.should_start
-        self._written = replace_file(self.path, text, RULES, keep_mode)
+        owner = self._settings.rules_owner
+        self._written = replace_file(self.path, text, RULES, keep_mode, owner)
         self.routes, self.revision, self._certificate_seen = routes, revision, certificate
 
     def certificate_renewed(self) -> bool:
@@ -954,20 +1043,32 @@ class RulesFile:
         return now != self._certificate_seen and self._usable_certificate() is not None
 
     def remove(self) -> None:
-        """Remove the file, but for what other people wrote. Raises ``OSError``."""
-        self._read()
-        if self._others:
-            replace_file(self.path, f"{self._others}\n", RULES, keep_mode=False)
-        else:
-            remove_file(self.path)
+        """Remove the file, but for what other people wrote; log what is in the way."""
+        try:
+            self._read()
+            if self._others:
+                replace_file(self.path, f"{self._others}\n", RULES, keep_mode=False)
+            else:
+                remove_file(self.path)
+        except OSError as error:
+            self._log.error("%s was not removed: %s", self.path, error)
 
     def _read(self) -> list[str]:
         """Learn what other people wrote into the file; return the hub's lines of routes.
 
         An empty file is one that somebody is about to write: what is known of it stays. A file that
-        cannot be kept gets a second name before it is replaced.
+        cannot be kept gets a second name before it is replaced; what is not the hub's is moved.
         """
-        text = read_file(self.path, RULES)
+        aside = f"{self.path}.bad-{secrets.token_hex(6)}"
+        try:
+            text = read_file(self.path, RULES, self._settings.rules_owner)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ELOOP):
+                raise
+            self._others = ""
+            os.rename(self.path, aside)  # it is the name that is moved, not what it leads to
+            self._log.error("%s: it was moved to %s", error, aside)
+            return []
         if not text and signature(self.path):
             return []
         self._others, lines, _ = split_rules(text)
@@ -991,7 +1092,8 @@ class RulesFile:
             if has_tree and path_of(routespec).startswith(base)
         }
         text, parents = [], defaultdict[str, list[str]](list)
-        for group in sharing_interpreter(route_tree(in_tree.values(), f'"{PAGES}", "{ROOT}"')):
+        roots = toml_string(root_names(self._version))[1:-1]
+        for group in sharing_interpreter(route_tree(in_tree.values(), roots)):
             text.append(group.router)
             for key in group.members:
                 parents[key].append(f'"{group.name}"')
@@ -1183,17 +1285,28 @@ def command_line(pid: int) -> list[str]:
         return []
 
 
+def listening_sockets(port: int | None) -> dict[str, int]:
+    """Return the sockets that listen on a TCP port, by inode, with the ids of their users."""
+    found = {}
+    for table in glob.glob("/proc/net/tcp*"):
+        with suppress(OSError), open(table) as lines:
+            for fields in map(str.split, lines):
+                if fields[1].endswith(f":{port or 0:04X}") and fields[3] == "0A":  # it listens
+                    found[fields[9]] = int(fields[7])
+    return found
+
+
+def port_user(port: int | None) -> int:
+    """Return the id of the user who listens on a TCP port; 0, too, if that is not known."""
+    return next(iter(listening_sockets(port).values()), 0)
+
+
 def port_holder(port: int) -> str:
     """Return which program listens on a TCP port, as far as /proc tells; "" where it does not.
 
     Only root sees what belongs to other users.
     """
-    sockets = set()
-    for table in glob.glob("/proc/net/tcp*"):
-        with suppress(OSError), open(table) as lines:
-            for fields in map(str.split, lines):
-                if fields[1].endswith(f":{port:04X}") and fields[3] == "0A":  # it listens
-                    sockets.add(f"socket:[{fields[9]}]")
+    sockets = {f"socket:[{inode}]" for inode in listening_sockets(port)}
     for path in glob.iglob("/proc/[0-9]*/fd/*") if sockets else ():
         with suppress(OSError):
             if os.readlink(path) in sockets:
@@ -1238,8 +1351,12 @@ class TraefikProcess:
         Raises ``RuntimeError`` if another hub uses the pid file, ``OSError`` if it cannot be used.
         """
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            self._lock = open(os.open(self._pid_file, flags, 0o600), "r+b", buffering=0)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            handle = os.open(self._pid_file, flags, 0o600)
+            if problem := distrust(os.fstat(handle)):
+                os.close(handle)
+                raise OSError(errno.EPERM, problem)
+            self._lock = open(handle, "r+b", buffering=0)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"another hub uses {self._pid_file} (traefik_pid_file)") from None
@@ -1611,6 +1728,7 @@ class TraefikControl:
         settings, log = self._settings, self._log
         command, version = find_traefik(settings.command)
         log.info("Traefik %s: %s", ".".join(map(str, version)), command[0])
+        self._look_at_directories()
         read_static(settings)
         existed = os.path.exists(settings.rules_file)
         process = TraefikProcess(settings, command, version, log)
@@ -1651,6 +1769,7 @@ class TraefikControl:
         settings = self._settings
         places = settings.rules_file, settings.traefik_api_url
         self._log.info("Routes are in %s, Traefik's API is %s", *places)
+        self._look_at_directories()
         try:
             read_static(settings)
         except (OSError, ValueError) as error:  # Traefik may have another one
@@ -1665,6 +1784,15 @@ class TraefikControl:
             said = self.api.get("/api/version", settings.check_route_timeout).get("Version")
             version = parse_version(str(said), self.api.url)
         self.running = True
+
+    def _look_at_directories(self) -> None:
+        """Warn of directories in which other users could put files of theirs."""
+        settings = self._settings
+        files = settings.static_file, settings.rules_file, settings.pid_file
+        for directory in sorted({os.path.dirname(path) for path in files}):
+            if others_can_write(directory):
+                text = "%s can be written by other users: let the hub have one of its own"
+                self._log.warning(text, directory)
 
     def commit(self, batch: Batch) -> dict[int, ValueError]:
         """Write a batch, wait until Traefik serves it, and return what was no route, by index.
@@ -1818,7 +1946,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """Return all that the options and JupyterHub say. Raises ``ValueError``."""
         names = [field.name for field in dataclasses.fields(Settings) if self.has_trait(field.name)]
         usual, app = not self.should_start, self.app
-        static_file = find_file(self.toml_static_config_file, usual)
+        static_file = find_file(self.toml_static_config_file, usual, STATIC)
         pid_file = os.path.join(os.path.dirname(static_file), "traefik.pid")
         cert, key = map(os.path.abspath, (self.ssl_cert, self.ssl_key or self.ssl_cert))
         by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
@@ -1826,7 +1954,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             **{name: getattr(self, name) for name in names},
             class_name=type(self).__name__,
             static_file=static_file,
-            rules_file=find_file(self.toml_dynamic_config_file, usual),
+            rules_file=find_file(self.toml_dynamic_config_file, usual, RULES),
+            rules_owner=0 if self.should_start else port_user(urlsplit(self.traefik_api_url).port),
             pid_file=os.path.abspath(self.traefik_pid_file or pid_file),
             public_address=listen_address("JupyterHub.bind_url", self.public_url),
             api_address=listen_address("traefik_api_url", self.traefik_api_url),
