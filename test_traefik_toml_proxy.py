@@ -4759,6 +4759,10 @@ url = "{backends("admins")}"
         )
     )
 
+    if version == "newest":  # what the README says of it
+        line = {"http": {"aliasHeadersStrategy": "delete"}}
+        extra = proxy.merge(extra, {"entryPoints": {scheme: line, "auth_api": line}})
+
     def install(hub: WholeHub) -> None:
         """Leave everything as TLJH does, but for paths and ports, and start Traefik."""
         (tmp_path / "tljh").mkdir()
