@@ -720,7 +720,7 @@ ODD = [
     ("directory", "it is no regular file"),
     ("pipe", "it is no regular file"),
     ("large", "it has 67108865 bytes, more than 67108864"),
-    pytest.param("somebody's", f"it belongs to user {SOMEBODY}, not to the hub", marks=only_root),
+    pytest.param("somebody's", f"it belongs to user {SOMEBODY}, not to one of ", marks=only_root),
 ]
 
 
@@ -748,6 +748,17 @@ def test_what_is_in_the_place_of_the_rules_file_is_moved(
         assert (tmp_path / "secret").read_text() == "a secret"
     rules.remove()
     assert not path.exists()
+
+
+@pytest.mark.parametrize(("kind", "words"), ODD)
+def test_what_somebody_elses_traefik_may_rely_on_is_refused(
+    tmp_path: Path, kind: str, words: str
+) -> None:
+    path = made(tmp_path / "rules.toml", kind)
+    settings = make_settings(rules_file=str(path), should_start=False, traefik_api_password="x")
+    with pytest.raises(OSError, match=words):
+        proxy.RulesFile(settings, proxy.NEWEST, str, logging.getLogger("rules"))
+    assert list(tmp_path.glob("rules.toml.bad-*")) == []
 
 
 @only_root

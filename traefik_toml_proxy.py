@@ -821,8 +821,9 @@ def distrust(status: os.stat_result, owner: int = 0) -> str:
     """
     if not stat.S_ISREG(status.st_mode):
         return "it is no regular file"
-    if status.st_uid not in (0, os.geteuid(), owner):
-        return f"it belongs to user {status.st_uid}, not to the hub's user {os.geteuid()} or root"
+    users = sorted({0, os.geteuid(), owner})
+    if status.st_uid not in users:
+        return f"it belongs to user {status.st_uid}, not to one of {users}"
     if status.st_size > MOST_BYTES:
         return f"it has {status.st_size} bytes, more than {MOST_BYTES}"
     return ""
@@ -1057,13 +1058,15 @@ class RulesFile:
         """Learn what other people wrote into the file; return the hub's lines of routes.
 
         An empty file is one that somebody is about to write: what is known of it stays. A file that
-        cannot be kept gets a second name before it is replaced; what is not the hub's is moved.
+        cannot be kept gets a second name before it is replaced; what is not the hub's is moved, or
+        refused if somebody else starts Traefik.
         """
         aside = f"{self.path}.bad-{secrets.token_hex(6)}"
         try:
             text = read_file(self.path, RULES, self._settings.rules_owner)
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ELOOP):
+            # Where somebody else starts Traefik, it may rely on what is there.
+            if not self._settings.should_start or error.errno not in (errno.EPERM, errno.ELOOP):
                 raise
             self._others = ""
             os.rename(self.path, aside)  # it is the name that is moved, not what it leads to
