@@ -504,7 +504,7 @@ class Settings:
     class_name: str  # options are those of c.CLASS_NAME
     static_file: str
     rules_file: str
-    rules_owner: int  # a user, beside root and the hub's, to whom rules_file may belong
+    trusted_users: Sequence[int]  # beside root and the hub's, to whom the two may belong
     pid_file: str
     public_address: str  # where Traefik listens for users, such as ":8000"
     api_address: str
@@ -814,14 +814,14 @@ def file_error(verb: str, path: str, option: str, error: OSError) -> OSError:
     return OSError(error.errno, f"cannot {verb} {path} ({option}): {error.strerror}")
 
 
-def distrust(status: os.stat_result, owner: int = 0) -> str:
+def distrust(status: os.stat_result, trusted: Sequence[int] = ()) -> str:
     """Say why what was opened is not to be trusted; "" for a regular file of the hub's own.
 
-    That belongs to the hub's user, to root, or to one more user whose id is given.
+    That belongs to the hub's user, to root, or to a user whose id is among ``trusted``.
     """
     if not stat.S_ISREG(status.st_mode):
         return "it is no regular file"
-    users = sorted({0, os.geteuid(), owner})
+    users = sorted({0, os.geteuid(), *trusted})
     if status.st_uid not in users:
         return f"it belongs to user {status.st_uid}, not to one of {users}"
     if status.st_size > MOST_BYTES:
@@ -829,10 +829,10 @@ def distrust(status: os.stat_result, owner: int = 0) -> str:
     return ""
 
 
-def read_file(path: str, option: str, owner: int = 0) -> str:
+def read_file(path: str, option: str, trusted: Sequence[int] = ()) -> str:
     """Return the text of a file, "" if there is none. Raises ``OSError`` naming the option.
 
-    It is opened once and without following a link. ``owner``: see distrust.
+    It is opened once and without following a link. ``trusted``: see distrust.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # a FIFO may hang
@@ -841,21 +841,22 @@ def read_file(path: str, option: str, owner: int = 0) -> str:
     except OSError as error:
         raise file_error("read", path, option, error) from None
     try:
-        if problem := distrust(os.fstat(handle), owner):
+        if problem := distrust(os.fstat(handle), trusted):
             raise file_error("read", path, option, OSError(errno.EPERM, problem))
         with open(handle, "rb", closefd=False) as file:
-            return file.read(MOST_BYTES).decode("utf-8-sig", errors="replace")
+            text = file.read(MOST_BYTES).decode("utf-8-sig", errors="replace")
+            return text.replace("\r\n", "\n")  # of an editor on Windows
     finally:
         os.close(handle)
 
 
 def replace_file(
-    path: str, text: str, option: str, keep_mode: bool, owner: int = 0
+    path: str, text: str, option: str, keep_mode: bool, trusted: Sequence[int] = ()
 ) -> Signature | None:
     """Atomically replace a file, or create it with mode 0600; return the new signature.
 
     With ``keep_mode`` it has the permissions and, where permitted, owner and group of the file,
-    unless that is not to be trusted. ``owner``: see distrust.
+    unless that is not to be trusted. ``trusted``: see distrust.
     Raises ``OSError`` naming the option; the file is as it was then. No fsync: hubs write routes
     again.
     """
@@ -867,7 +868,7 @@ def replace_file(
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(temporary, flags, 0o600), "wb") as file:
             old = os.lstat(path) if keep_mode and os.path.lexists(path) else None
-            if old and not distrust(old, owner):
+            if old and not distrust(old, trusted):
                 for uid in (-1, old.st_uid):  # the group at least, if the owner is not permitted
                     with suppress(PermissionError):
                         os.fchown(file.fileno(), uid, old.st_gid)
@@ -896,29 +897,32 @@ def find_file(path: str, usual: bool, option: str) -> str:
     """Return where a file is: with ``usual``, a mere name stands for Traefik's usual places.
 
     A link is followed if it is the administrator's: if it belongs to root or the hub's user, and
-    lies in a directory that nobody else can write. Raises ``OSError`` for any other.
+    lies in a directory that nobody else can write. Raises ``OSError``, naming the option, for any
+    other; without an option follows all.
     """
     places = [f"/etc/traefik/{path}", os.path.expanduser(f"~/.traefik/{path}")]
     usual = usual and path in ("traefik.toml", "rules.toml")
-    found = os.path.abspath(next(filter(os.path.lexists, places if usual else ()), path))
+    found = next(filter(os.path.lexists, places if usual else ()), path)
     for _ in range(40):  # as many as Linux follows
         directory, name = os.path.split(found)
+        directory = os.path.realpath(directory)
+        found = os.path.join(directory, name)
         if not os.path.islink(found):
-            return os.path.join(os.path.realpath(directory), name)
+            return found
         owner = os.lstat(found).st_uid
-        if owner not in (0, os.geteuid()) or others_can_write(directory):
-            text = f"it is a link of user {owner} in a directory that others can write"
+        if option and (owner not in (0, os.geteuid()) or others_can_write(directory)):
+            text = f"it is a link of user {owner}, or in a directory that others can write"
             raise file_error("use", found, option, OSError(errno.EPERM, text))
-        found = os.path.normpath(os.path.join(directory, os.readlink(found)))
+        found = os.path.join(directory, os.readlink(found))
     raise file_error("use", path, option, OSError(errno.ELOOP, "too many links"))
 
 
-def others_can_write(directory: str) -> bool:
-    """Whether somebody else than root and the hub's user may make files in a directory."""
-    with suppress(FileNotFoundError):
+def others_can_write(directory: str, trusted: Sequence[int] = ()) -> bool:
+    """Whether somebody may make files in a directory who is not trusted, see distrust."""
+    with suppress(OSError):
         status = os.stat(directory)
         by_group = status.st_mode & 0o020 and status.st_gid not in (0, os.getegid())
-        foreign = status.st_uid not in (0, os.geteuid())
+        foreign = status.st_uid not in (0, os.geteuid(), *trusted)
         return bool(status.st_mode & 0o002 or by_group or foreign)
     return False
 
@@ -926,7 +930,7 @@ def others_can_write(directory: str) -> bool:
 def read_static(settings: Settings) -> Table:
     """Read the static file. Raises ``ValueError`` unless hub and Traefik 3 can use it."""
     path = settings.static_file
-    text, config, problem = read_file(path, STATIC), {}, ""
+    text, config, problem = read_file(path, STATIC, settings.trusted_users), {}, ""
     try:
         config = tomli.loads(text)
         if old := traefik_1(config):
@@ -1034,8 +1038,8 @@ class RulesFile:
         text = "".join((self._others, "\n", self._head, routing, own, END, "\n"))
         certificate = [signature(path) for path in self._settings.certificate or ()]
         keep_mode = not self._settings.should_start
-        owner = self._settings.rules_owner
-        self._written = replace_file(self.path, text, RULES, keep_mode, owner)
+        trusted = self._settings.trusted_users
+        self._written = replace_file(self.path, text, RULES, keep_mode, trusted)
         self.routes, self.revision, self._certificate_seen = routes, revision, certificate
 
     def certificate_renewed(self) -> bool:
@@ -1063,12 +1067,11 @@ class RulesFile:
         """
         aside = f"{self.path}.bad-{secrets.token_hex(6)}"
         try:
-            text = read_file(self.path, RULES, self._settings.rules_owner)
+            text = read_file(self.path, RULES, self._settings.trusted_users)
         except OSError as error:
             # Where somebody else starts Traefik, it may rely on what is there.
             if not self._settings.should_start or error.errno not in (errno.EPERM, errno.ELOOP):
                 raise
-            self._others = ""
             os.rename(self.path, aside)  # it is the name that is moved, not what it leads to
             self._log.error("%s: it was moved to %s", error, aside)
             return []
@@ -1299,9 +1302,11 @@ def listening_sockets(port: int | None) -> dict[str, int]:
     return found
 
 
-def port_user(port: int | None) -> int:
-    """Return the id of the user who listens on a TCP port; 0, too, if that is not known."""
-    return next(iter(listening_sockets(port).values()), 0)
+def start_time(pid: int) -> bytes:
+    """Return when a process was started, in ticks since the boot; empty where /proc is not."""
+    with suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[19]
+    return b""
 
 
 def port_holder(port: int) -> str:
@@ -1366,10 +1371,12 @@ class TraefikProcess:
         except OSError as error:
             raise file_error("write", self._pid_file, "traefik_pid_file", error) from None
         with suppress(OSError, OverflowError, ValueError):
-            number, _, start_hash = self._lock.read(100).partition(b"\n")
+            number, start_hash, started = [*self._lock.read(200).split(b"\n"), b"", b""][:3]
             self._set_pid(int(number))  # first a handle, for a pid may be used again
-            self.served = command_line(self.pid)[-2:] == self._command[-2:] and self.runs()
-            self.fits = start_hash.strip() == self._start_hash
+            same = started in (b"", start_time(self.pid))  # older versions did not write it
+            known = command_line(self.pid)[-2:] == self._command[-2:]
+            self.served = same and known and self.runs()
+            self.fits = start_hash == self._start_hash
             output = f"/proc/{self.pid}/fd/1"  # which may be anything, and may be hidden
             if self.served and os.stat(output).st_nlink == 0:
                 self._output = open(output, "r+b", buffering=0)
@@ -1380,7 +1387,10 @@ class TraefikProcess:
 
     def start(self) -> None:
         """Start Traefik and write its pid file. Raises ``OSError``."""
-        if read_file(self._command[-1], STATIC) != self._static:  # without it, it opens port 80
+        found = ""
+        with suppress(OSError):  # whatever is there instead
+            found = read_file(self._command[-1], STATIC)
+        if found != self._static:  # without the file, Traefik opens port 80
             replace_file(self._command[-1], self._static, STATIC, keep_mode=False)
         fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # for _pass_on truncates it
         self._start_of_output = self._passed_on
@@ -1393,7 +1403,7 @@ class TraefikProcess:
             start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
         )
         self._set_pid(self._popen.pid)
-        text = b"%i\n%s\n" % (self.pid, self._start_hash)
+        text = b"%i\n%s\n%s\n" % (self.pid, self._start_hash, start_time(self.pid))
         os.pwrite(self._lock.fileno(), text, 0)  # in place, which works on a full disk, too
         os.ftruncate(self._lock.fileno(), len(text))
 
@@ -1731,7 +1741,7 @@ class TraefikControl:
         settings, log = self._settings, self._log
         command, version = find_traefik(settings.command)
         log.info("Traefik %s: %s", ".".join(map(str, version)), command[0])
-        self._look_at_directories()
+        self._look_at_places()
         read_static(settings)
         existed = os.path.exists(settings.rules_file)
         process = TraefikProcess(settings, command, version, log)
@@ -1772,7 +1782,7 @@ class TraefikControl:
         settings = self._settings
         places = settings.rules_file, settings.traefik_api_url
         self._log.info("Routes are in %s, Traefik's API is %s", *places)
-        self._look_at_directories()
+        self._look_at_places()
         try:
             read_static(settings)
         except (OSError, ValueError) as error:  # Traefik may have another one
@@ -1788,12 +1798,17 @@ class TraefikControl:
             version = parse_version(str(said), self.api.url)
         self.running = True
 
-    def _look_at_directories(self) -> None:
-        """Warn of directories in which other users could put files of theirs."""
+    def _look_at_places(self) -> None:
+        """Warn of directories in which other users could put files of theirs.
+
+        Raises ``OSError`` if somebody has put an acme.json there, for Traefik writes keys into it.
+        """
         settings = self._settings
-        files = settings.static_file, settings.rules_file, settings.pid_file
-        for directory in sorted({os.path.dirname(path) for path in files}):
-            if others_can_write(directory):
+        if settings.should_start and settings.letsencrypt_domains:
+            read_file(f"{os.path.dirname(settings.static_file)}/acme.json", "letsencrypt_domains")
+        own = [settings.static_file, settings.pid_file] if settings.should_start else []
+        for directory in sorted({os.path.dirname(path) for path in [settings.rules_file, *own]}):
+            if others_can_write(directory, settings.trusted_users):
                 text = "%s can be written by other users: let the hub have one of its own"
                 self._log.warning(text, directory)
 
@@ -1852,6 +1867,19 @@ class TraefikControl:
             finally:
                 if remove_rules:
                     self.rules.remove()
+
+
+def users_of_traefik(api_url: str, rules_file: str) -> list[int]:
+    """Return the ids of users who may be those of a Traefik that somebody else starts.
+
+    One listens at the API's port. The other owns the directory of the dynamic file, and so can
+    replace that file anyway, such as the user of a volume's host.
+    """
+    port = urlsplit(api_url).port
+    users = {user for user in listening_sockets(port).values() if port}
+    with suppress(OSError):
+        users.add(os.stat(os.path.dirname(rules_file)).st_uid)
+    return sorted(users)
 
 
 class TraefikTomlProxy(Proxy):  # type: ignore[misc]
@@ -1949,7 +1977,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         """Return all that the options and JupyterHub say. Raises ``ValueError``."""
         names = [field.name for field in dataclasses.fields(Settings) if self.has_trait(field.name)]
         usual, app = not self.should_start, self.app
-        static_file = find_file(self.toml_static_config_file, usual, STATIC)
+        whose = STATIC if self.should_start else ""  # then the hub only looks at it
+        static_file = find_file(self.toml_static_config_file, usual, whose)
+        rules_file = find_file(self.toml_dynamic_config_file, usual, RULES)
         pid_file = os.path.join(os.path.dirname(static_file), "traefik.pid")
         cert, key = map(os.path.abspath, (self.ssl_cert, self.ssl_key or self.ssl_cert))
         by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
@@ -1957,8 +1987,10 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             **{name: getattr(self, name) for name in names},
             class_name=type(self).__name__,
             static_file=static_file,
-            rules_file=find_file(self.toml_dynamic_config_file, usual, RULES),
-            rules_owner=0 if self.should_start else port_user(urlsplit(self.traefik_api_url).port),
+            rules_file=rules_file,
+            trusted_users=()
+            if self.should_start
+            else users_of_traefik(self.traefik_api_url, rules_file),
             pid_file=os.path.abspath(self.traefik_pid_file or pid_file),
             public_address=listen_address("JupyterHub.bind_url", self.public_url),
             api_address=listen_address("traefik_api_url", self.traefik_api_url),
@@ -2248,7 +2280,7 @@ class Check:
     def dynamic(self) -> Finding:
         """Tell whether the hub can use the dynamic file, and whose tables it holds."""
         path, user = self.settings.rules_file, f"user {os.geteuid()}"
-        text = read_file(path, RULES)
+        text = read_file(path, RULES, self.settings.trusted_users)
         if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
             advice = "make it, let the hub's user write there, or run this as that user"
             return "FAIL", f"{user} cannot write into the directory of {path} ({RULES}): {advice}"
@@ -2294,7 +2326,11 @@ class Check:
         if settings.should_start and error.status == 401 and not self.password_given:
             return "ok", f"{url} asks for a password, one that the hub made up"
         hub_opens_it = settings.opens_api and not settings.should_start
-        if error.status == 404 and hub_opens_it and END not in read_file(path, RULES):
+        if (
+            error.status == 404
+            and hub_opens_it
+            and END not in read_file(path, RULES, settings.trusted_users)
+        ):
             return "ok", f"{url} answers nothing before the hub has started once"
         return "FAIL", diagnose(error, path, self.api)
 
@@ -2303,7 +2339,7 @@ class Check:
         path, limit = self.settings.rules_file, self.settings.check_route_timeout
         problem, end = APIError("not asked"), time.monotonic() + limit
         while time.monotonic() < end:  # for a hub may be writing just now
-            revision = split_rules(read_file(path, RULES))[2]
+            revision = split_rules(read_file(path, RULES, self.settings.trusted_users))[2]
             if not revision:
                 return "ok", f"no hub has written {path} yet: this is known after its first start"
             try:
