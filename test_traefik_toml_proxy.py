@@ -697,7 +697,7 @@ SOMEBODY = 12345  # a user id
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
 
 
-def made(path: Path, kind: str) -> Path:
+def put_something(path: Path, kind: str) -> Path:
     """Put something odd at a path."""
     if kind == "link":
         path.symlink_to(path.with_name("secret"))
@@ -726,7 +726,7 @@ ODD = [
 
 @pytest.mark.parametrize(("kind", "words"), ODD)
 def test_what_is_not_the_hubs_is_not_read(tmp_path: Path, kind: str, words: str) -> None:
-    path = made(tmp_path / "file", kind)
+    path = put_something(tmp_path / "file", kind)
     with pytest.raises(OSError, match=rf"^\[Errno \d+\] cannot read {path} \(option\): {words}"):
         proxy.read_file(str(path), "option")
 
@@ -735,7 +735,7 @@ def test_what_is_not_the_hubs_is_not_read(tmp_path: Path, kind: str, words: str)
 def test_what_is_in_the_place_of_the_rules_file_is_moved(
     tmp_path: Path, kind: str, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = made(tmp_path / "rules.toml", kind)
+    path = put_something(tmp_path / "rules.toml", kind)
     rules = rules_file(tmp_path)
     assert words in caplog.text
     (aside,) = tmp_path.glob("rules.toml.bad-*")
@@ -754,7 +754,7 @@ def test_what_is_in_the_place_of_the_rules_file_is_moved(
 def test_what_somebody_elses_traefik_may_rely_on_is_refused(
     tmp_path: Path, kind: str, words: str
 ) -> None:
-    path = made(tmp_path / "rules.toml", kind)
+    path = put_something(tmp_path / "rules.toml", kind)
     settings = make_settings(rules_file=str(path), should_start=False, traefik_api_password="x")
     with pytest.raises(OSError, match=words):
         proxy.RulesFile(settings, proxy.NEWEST, str, logging.getLogger("rules"))
@@ -798,7 +798,7 @@ def test_links_mean_what_they_mean_to_the_system(tmp_path: Path) -> None:
 
 @only_root
 def test_an_external_file_may_belong_to_the_user_of_traefik(tmp_path: Path) -> None:
-    path = made(tmp_path / "rules.toml", "somebody's")
+    path = put_something(tmp_path / "rules.toml", "somebody's")
     path.chmod(0o4640)
     assert proxy.read_file(str(path), "option", [SOMEBODY]) == "# of somebody\n"
     proxy.replace_file(str(path), "x", "option", keep_mode=True, trusted=[SOMEBODY])
@@ -835,7 +835,7 @@ def test_only_the_links_of_the_administrator_are_followed(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("kind", "words"), ODD)
 def test_a_pid_file_of_somebody_is_refused(tmp_path: Path, kind: str, words: str) -> None:
-    path = made(tmp_path / "traefik.pid", kind)
+    path = put_something(tmp_path / "traefik.pid", kind)
     process = proxy.TraefikProcess(
         make_settings(pid_file=str(path)), ["traefik"], proxy.NEWEST, logging.getLogger("pid")
     )
@@ -847,7 +847,7 @@ def test_a_pid_file_of_somebody_is_refused(tmp_path: Path, kind: str, words: str
 @only_root
 @pytest.mark.process
 async def test_keys_are_not_written_into_the_file_of_somebody(make_proxy: ProxyFactory) -> None:
-    made(make_proxy.directory / "acme.json", "somebody's").chmod(0o600)
+    put_something(make_proxy.directory / "acme.json", "somebody's").chmod(0o600)
     options = {"letsencrypt_domains": ["a.example"], "letsencrypt_email": "me@example.org"}
     with pytest.raises(OSError, match=r"acme.json \(letsencrypt_domains\): it belongs to user"):
         await make_proxy(**options).start()

@@ -856,9 +856,8 @@ def replace_file(
     """Atomically replace a file, or create it with mode 0600; return the new signature.
 
     With ``keep_mode`` it has the permissions and, where permitted, owner and group of the file,
-    unless that is not to be trusted. ``trusted``: see distrust.
-    Raises ``OSError`` naming the option; the file is as it was then. No fsync: hubs write routes
-    again.
+    unless that is not to be trusted. ``trusted``: see distrust. Raises ``OSError`` naming the
+    option; the file is as it was then. No fsync: hubs write routes again.
     """
     temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
     data = text.encode()
@@ -1065,13 +1064,13 @@ class RulesFile:
         cannot be kept gets a second name before it is replaced; what is not the hub's is moved, or
         refused if somebody else starts Traefik.
         """
-        aside = f"{self.path}.bad-{secrets.token_hex(6)}"
         try:
             text = read_file(self.path, RULES, self._settings.trusted_users)
         except OSError as error:
             # Where somebody else starts Traefik, it may rely on what is there.
             if not self._settings.should_start or error.errno not in (errno.EPERM, errno.ELOOP):
                 raise
+            aside = f"{self.path}.bad-{secrets.token_hex(6)}"
             os.rename(self.path, aside)  # it is the name that is moved, not what it leads to
             self._log.error("%s: it was moved to %s", error, aside)
             return []
@@ -1091,15 +1090,15 @@ class RulesFile:
 
     def _render(self, routes: Mapping[str, Route]) -> str:
         """Return the groups and routes as TOML."""
-        base, has_tree = self._settings.base_path, self._version >= PARENTS
+        base, roots = self._settings.base_path, root_names(self._version)
         in_tree = {
             routespec: route.key
             for routespec, route in sharing_interpreter(routes.items())
-            if has_tree and path_of(routespec).startswith(base)
+            if roots and path_of(routespec).startswith(base)
         }
         text, parents = [], defaultdict[str, list[str]](list)
-        roots = toml_string(root_names(self._version))[1:-1]
-        for group in sharing_interpreter(route_tree(in_tree.values(), roots)):
+        tree = route_tree(in_tree.values(), ", ".join(map(toml_string, roots)))
+        for group in sharing_interpreter(tree):
             text.append(group.router)
             for key in group.members:
                 parents[key].append(f'"{group.name}"')
@@ -1602,7 +1601,7 @@ class Confirmation:
 
         The status of a problem is that of HTTP: 0 if there was no answer, 200 for an older version.
         """
-        older = APIError(f"{self._api.url} shows an older version of the file", 200)
+        older = older_version(self._api)
         newest = self._rules.revision
         if by_header:
             shown = self._api.revision(min(timeout, 0.3))
@@ -1652,6 +1651,11 @@ class Confirmation:
             process.log.error("Traefik did not answer: it was killed and is started again")
         self._helped = elapsed
         return problem
+
+
+def older_version(api: TraefikAPI) -> APIError:
+    """Return the problem of a Traefik that has not loaded the newest revision."""
+    return APIError(f"{api.url} shows an older version of the file", 200)
 
 
 def diagnose(problem: APIError, rules: str, api: TraefikAPI) -> str:
@@ -1788,15 +1792,17 @@ class TraefikControl:
         except (OSError, ValueError) as error:  # Traefik may have another one
             self._log.warning("%s", error)
         # The file opens the API, which tells the version, on which the file depends in turn.
-        version = UNKNOWN
-        for _ in range(2):
-            self.rules = RulesFile(settings, version, self._validate, self._log)
-            self.confirmation = Confirmation(settings, self.rules, self.api, None)
-            self.rules.write(self.rules.routes)
-            self.confirmation.wait(self._closing)
-            said = self.api.get("/api/version", settings.check_route_timeout).get("Version")
-            version = parse_version(str(said), self.api.url)
+        self._write_for(UNKNOWN)
+        said = self.api.get("/api/version", settings.check_route_timeout).get("Version")
+        self._write_for(parse_version(str(said), self.api.url))
         self.running = True
+
+    def _write_for(self, version: Version) -> None:
+        """Write the dynamic file for a version of somebody else's Traefik, and wait for that."""
+        self.rules = RulesFile(self._settings, version, self._validate, self._log)
+        self.confirmation = Confirmation(self._settings, self.rules, self.api, None)
+        self.rules.write(self.rules.routes)
+        self.confirmation.wait(self._closing)
 
     def _look_at_places(self) -> None:
         """Warn of directories in which other users could put files of theirs.
@@ -1980,6 +1986,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         whose = STATIC if self.should_start else ""  # then the hub only looks at it
         static_file = find_file(self.toml_static_config_file, usual, whose)
         rules_file = find_file(self.toml_dynamic_config_file, usual, RULES)
+        trusted = [] if self.should_start else users_of_traefik(self.traefik_api_url, rules_file)
         pid_file = os.path.join(os.path.dirname(static_file), "traefik.pid")
         cert, key = map(os.path.abspath, (self.ssl_cert, self.ssl_key or self.ssl_cert))
         by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
@@ -1988,9 +1995,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             class_name=type(self).__name__,
             static_file=static_file,
             rules_file=rules_file,
-            trusted_users=()
-            if self.should_start
-            else users_of_traefik(self.traefik_api_url, rules_file),
+            trusted_users=trusted,
             pid_file=os.path.abspath(self.traefik_pid_file or pid_file),
             public_address=listen_address("JupyterHub.bind_url", self.public_url),
             api_address=listen_address("traefik_api_url", self.traefik_api_url),
@@ -2345,7 +2350,7 @@ class Check:
             try:
                 if (self.api.revision(1) or self.api.revision_of_middleware(5)) == revision:
                     return "ok", f"Traefik serves this version of {path}"
-                problem = APIError(f"{self.api.url} shows an older version of the file", 200)
+                problem = older_version(self.api)
             except APIError as error:
                 problem = error
             if problem.status in (0, 401):  # the link before has told
