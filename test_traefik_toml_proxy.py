@@ -1499,6 +1499,141 @@ async def test_the_api_asks_for_credentials_and_is_not_public(managed: TraefikTo
     assert one.traefik_api_password != another.traefik_api_password
 
 
+def record(user: int | None, port: int, said: Any) -> None:
+    """As another process, answer all who connect to a port, and pass on what they say."""
+    if user:
+        os.setuid(user)
+    with socket.create_server(("127.0.0.1", port)) as server:
+        said.send(b"ready")
+        while True:
+            client, _ = server.accept()
+            with client, contextlib.suppress(OSError):
+                client.settimeout(0.5)
+                said.send(client.recv(65536))
+                client.sendall(OK + b"X-Revision: x\r\n\r\n{}")
+
+
+@pytest.mark.parametrize("user", [pytest.param(SOMEBODY, marks=only_root), None])
+@pytest.mark.process
+async def test_who_takes_the_port_of_the_api_learns_nothing(
+    make_proxy: ProxyFactory, backends: Backends, tmp_path: Path, user: int | None
+) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "traefik"
+    program.symlink_to(installed_traefik())
+    made = make_proxy(command=[str(program)], check_route_timeout=2)
+    await made.start()
+    await made.add_route("/", backends("hub"), {})
+    program.unlink()
+    os.kill(made.control.process.pid, signal.SIGKILL)
+    await asyncio.to_thread(wait_until, lambda: not made.control.process.runs())
+    api_port = int(made.traefik_api_url.rsplit(":", 1)[1])
+    heard, said = multiprocessing.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork")
+    recorder = fork.Process(target=record, args=(user, api_port, said))
+    recorder.start()
+    try:
+        assert heard.recv() == b"ready"
+        assert set(await made.get_all_routes()) == {"/"}
+        with pytest.raises(TimeoutError, match="cannot be reached .who listens there is not the"):
+            await made.add_route("/user/a/", backends("a"), {})
+    finally:
+        recorder.kill()
+        recorder.join()
+    requests = []
+    while heard.poll():
+        requests.append(heard.recv())
+    assert set(requests) == {b""}, "somebody came, and said nothing"
+
+
+@pytest.mark.process
+async def test_each_start_of_traefik_has_a_new_password(managed: TraefikTomlProxy) -> None:
+    port = int(managed.traefik_api_url.rsplit(":", 1)[1])
+
+    def status(password: str) -> int:
+        token = base64.b64encode(f"jupyterhub:{password}".encode()).decode()
+        return fetch(port, "/api/version", {"Authorization": f"Basic {token}"})[0]
+
+    passwords = [managed.control.settings.traefik_api_password]
+    for _ in range(2):
+        assert status(passwords[-1]) == 200
+        await started_again(managed)
+        passwords.append(managed.control.settings.traefik_api_password)
+        assert [status(password) for password in passwords[:-1]] == [401] * (len(passwords) - 1)
+    assert status(passwords[-1]) == 200
+
+
+@pytest.mark.process
+async def test_a_password_that_was_set_stays(make_proxy: ProxyFactory) -> None:
+    made = make_proxy(traefik_api_password="one")
+    await made.start()
+    await killed(made)
+    await made.check_routes({}, {}, {})
+    assert made.control.settings.traefik_api_password == "one"
+
+
+# What may make a parser slow: pieces of what it looks for, which are repeated.
+PIECES = [
+    *(b"", b"a", b"1", b".", b" ", b"\n", b"\0", b"\xff", b":", b"{", b"[", b"\\", b'"', b"$"),
+    *(b"1.", b"v1.", b"\x1b[1m", b"$apr1$", b"$apr1$a$", b"\r\n", b'{"a":', b'"\\u0000",', b"e9,"),
+    *(b"traefik_service_requests_total{", b'service="', b'requests_total{service="a@', b"\n{"),
+    *(b"Version: ", b"2026-11-25T13:00:00Z ", b": bind: address already in use", b":1: bind:"),
+]
+
+
+def answer_to(parse: Callable[[proxy.TraefikAPI], object]) -> Callable[[bytes], object]:
+    """Return a function that gives a body to a method of the API's client."""
+
+    def parse_body(body: bytes) -> object:
+        with answering(OK + b"Content-Length: %i\r\n\r\n" % len(body) + body) as (url, _):
+            return parse(api_at(url))
+
+    return parse_body
+
+
+def read_output(data: bytes) -> None:
+    """Have lines passed on as if Traefik had written them."""
+    output = proxy.Output(logging.getLogger("fuzz"), "secret")
+    with output.file:
+        output.file.write(data)
+        output.pass_on()
+        output.last_lines()
+        output.write_counts()
+
+
+PARSERS: dict[str, tuple[int, Callable[[bytes], object]]] = {  # and the size that each may get
+    "json": (1 << 18, answer_to(lambda api: api.get("/", 9))),
+    "revision": (1 << 18, answer_to(lambda api: api.revision(9))),
+    "middleware": (1 << 18, answer_to(lambda api: api.revision_of_middleware(9))),
+    "metrics": (1 << 22, answer_to(lambda api: api.requests(9))),
+    "output": (1 << 22, read_output),
+    "version": (1 << 18, lambda data: proxy.parse_version(data.decode("latin-1"), "it")),
+    "rules": (1 << 18, lambda data: proxy.split_rules(data.decode("latin-1"))),
+    "printable": (1 << 22, lambda data: proxy.printable(data.decode("latin-1"))),
+}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_nothing_that_answers_can_stop_the_hub(name: str) -> None:
+    size, parse = PARSERS[name]
+    chance = random.Random(name)
+    texts = [piece * (size // max(len(piece), 1)) for piece in PIECES]
+    texts += [b"".join(chance.choices(PIECES, k=size // 40)) for _ in range(5)]
+    texts += [bytes(chance.choices(range(256), k=size // 16)) for _ in range(2)]
+    for text in texts:
+        began = time.process_time()
+        with contextlib.suppress(proxy.APIError, RuntimeError):
+            parse(text)
+        assert time.process_time() - began < 2, f"{name}: {text[:40]!r}, {len(text)} bytes"
+
+
+def test_a_long_number_in_what_traefik_says_is_no_port(tmp_path: Path) -> None:
+    settings = make_settings(command=[installed_traefik()], pid_file=str(tmp_path / "pid"))
+    process = proxy.TraefikProcess(settings, logging.getLogger("port"), print)
+    process.output.file.write(b":" + b"9" * 9000 + b": bind: address already in use\n")
+    assert "bind: address already in use" in process.last_words()
+
+
 def test_an_api_at_an_address_without_a_port() -> None:
     for url, port in (("http://[fe80::abcd]", 80), ("https://[::1]", 443), ("http://a:8", 8)):
         assert api_at(url, "", "").connection.port == port
@@ -1678,6 +1813,15 @@ async def test_a_traefik_that_keeps_dying_gives_its_reason_each_time(
         await asyncio.sleep(0.01)
     await made.add_route("/user/b/", backends("b"), {})
     assert [who(port_of(made), f"/user/{name}/") for name in "ab"] == ["a", "b"]
+
+
+async def started_again(made: TraefikTomlProxy) -> None:
+    """Kill the managed Traefik; return when another one serves the routes, by a new password."""
+    settings = made.control.settings
+    await killed(made)
+    while made.control.settings is settings:
+        await asyncio.sleep(0.01)
+    await made.get_all_routes()  # the worker thread does one thing after another
 
 
 async def killed(made: TraefikTomlProxy) -> None:
@@ -1928,6 +2072,202 @@ async def test_much_output_is_passed_on_and_costs_no_disk(
         await asyncio.sleep(0.01)
     assert os.stat(output).st_nlink == 0
     await made.stop()
+
+
+def test_lines_that_come_again_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    output = proxy.Output(logging.getLogger("output"), "hash")
+    with output.file:
+        for number in range(1000):
+            line = f"2026-11-25T13:00:{number % 60:02}Z ERR too many open files\n"
+            output.file.write(
+                line.encode() + b"another $apr1$abc$defg/ hash\x1b[2J\n" * (number < 3)
+            )
+        output.pass_on()
+        assert [record.message for record in caplog.records] == [
+            "Traefik: 2026-11-25T13:00:00Z ERR too many open files",
+            "Traefik: another [hidden] [hidden]?[2J",
+        ]
+        output.write_counts()
+        assert [record.message for record in caplog.records[2:]] == [
+            "Traefik, 999 times more: ERR too many open files",
+            "Traefik, 2 times more: another [hidden] [hidden]?[2J",
+        ]
+        output.file.write(b"2026-11-25T13:00:00Z ERR too many open files\n")
+        output.pass_on()
+        assert caplog.records[-1].message.startswith("Traefik: 2026"), "it is counted anew"
+
+
+@pytest.mark.process
+async def test_a_traefik_without_descriptors_is_left_alone(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    made = make_proxy(check_route_timeout=4)
+    await made.start()
+    await made.add_route("/user/a/", backends("a"), {})
+    process = made.control.process
+    pid, used = process.pid, len(os.listdir(f"/proc/{process.pid}/fd"))
+    users = http.client.HTTPConnection("127.0.0.1", port_of(made), timeout=5)
+    with contextlib.closing(users), contextlib.ExitStack() as silent:
+        users.request("GET", "/user/a/")
+        assert json.loads(users.getresponse().read())["who"] == "a"
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 30, used + 30))
+        for _ in range(60):
+            silent.enter_context(socket.create_connection(("127.0.0.1", port_of(made))))
+        with pytest.raises(TimeoutError, match="all its .* file descriptors are in use: raise Lim"):
+            await made.add_route("/user/b/", backends("b"), {})
+        assert process.pid == pid, "users go on"
+        users.request("GET", "/user/a/")
+        assert json.loads(users.getresponse().read())["who"] == "a"
+        assert os.fstat(process.output.file.fileno()).st_size < 64 << 20
+        await asyncio.to_thread(process.output.write_counts)
+    assert caplog.text.count("too many open files") < 100
+    assert re.search(r"Traefik, \d{3,} times more: ERR .*too many open files", caplog.text)
+    await made.add_route("/user/c/", backends("c"), {})
+    assert [who(port_of(made), f"/user/{name}/") for name in "abc"] == ["a", "b", "c"]
+    assert process.pid == pid
+
+
+@pytest.mark.parametrize(
+    ("extra", "limit"),
+    [({}, 64 << 20), ({"accessLog": {"filePath": "/dev/null"}}, resource.RLIM_INFINITY)],
+)
+@pytest.mark.process
+async def test_what_traefik_writes_without_a_hub_is_bounded(
+    make_proxy: ProxyFactory, extra: dict[str, Any], limit: int
+) -> None:
+    made = make_proxy(extra_static_config=extra)
+    await made.start()
+    assert resource.prlimit(made.control.process.pid, resource.RLIMIT_FSIZE)[0] == limit
+
+
+@pytest.mark.process
+async def test_no_live_route_answers_404_while_traefik_starts_again(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    made = make_proxy()
+    await made.start()
+    adding = (made.add_route(f"/user/u{i}/", backends("a"), {}) for i in range(1000))
+    await asyncio.gather(*adding)
+    seen: collections.Counter[int | str] = collections.Counter()
+    stopping = threading.Event()
+
+    def ask() -> None:
+        while not stopping.is_set():
+            try:
+                seen[fetch(port_of(made), "/user/u999/x")[0]] += 1
+            except (OSError, http.client.HTTPException) as error:
+                seen[type(error).__name__] += 1
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        for _ in range(3):
+            await started_again(made)
+            answered = seen[200]
+            await asyncio.to_thread(wait_until, lambda: seen[200] > answered + 4)  # noqa: B023
+    finally:
+        stopping.set()
+        for asker in askers:
+            asker.join()
+    assert seen[404] == 0, seen
+
+
+def listening_at(pid: int, port: int) -> set[str]:
+    """Return the addresses, in hexadecimal, of the sockets that listen on a port."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[1].endswith(f":{port:04X}") and fields[3] == "0A":
+                found.add(f"{table} {fields[1]}")
+    return found
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "127.0.0.1", "[::]", "[::1]", "*"])
+@pytest.mark.process
+async def test_connections_are_held_at_the_address_where_traefik_would_listen(
+    make_proxy: ProxyFactory, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    seen = []
+    for first in (proxy.TAKES_SOCKETS, (9, 0, 0)):
+        monkeypatch.setattr(proxy, "TAKES_SOCKETS", first)
+        made = make_proxy(public_url=f"http://{host}:{free_port()}/")
+        await made.start()
+        port, process = port_of_url(made.public_url), made.control.process
+        inodes = proxy.listening_sockets(port)
+        own = {os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()}
+        assert {f"socket:[{inode}]" for inode in inodes} <= own, "the hub keeps none"
+        seen.append({line.rpartition(":")[0] for line in listening_at(process.pid, port)})
+        address = "::1" if ":" in host else "127.0.0.1"
+        with socket.create_connection((address, port), 5) as connection:
+            connection.sendall(b"GET /x HTTP/1.0\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.0 404")
+        await made.stop()
+    assert seen[0] == seen[1]
+
+
+def port_of_url(url: str) -> int:
+    """Return the port of a URL, whatever its host."""
+    return int(url.rstrip("/").rpartition(":")[2])
+
+
+@pytest.mark.process
+def test_connections_are_held_until_they_are_admitted(tmp_path: Path) -> None:
+    port = free_port()
+    settings = make_settings(
+        static_file=str(tmp_path / "traefik.toml"),
+        rules_file=str(tmp_path / "rules.toml"),
+        pid_file=str(tmp_path / "traefik.pid"),
+        command=[installed_traefik()],
+        public_address=f"127.0.0.1:{port}",
+        traefik_api_url=f"http://127.0.0.1:{free_port()}",
+    )
+    Path(settings.rules_file).touch()
+    process = proxy.TraefikProcess(settings, logging.getLogger("held"), print)
+    assert not process.find()
+    process.start()
+    try:
+        pid, start_hash, started = Path(settings.pid_file).read_bytes().splitlines()
+        assert (int(pid), start_hash) == (process.pid, b""), "the next hub starts it again"
+        with socket.create_connection(("127.0.0.1", port), 5) as connection:
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            connection.settimeout(0.7)
+            with pytest.raises(TimeoutError):
+                connection.recv(100)
+            process.admit()
+            connection.settimeout(10)
+            assert connection.recv(100).startswith(b"HTTP/1.0 404")
+        written = Path(settings.pid_file).read_bytes().splitlines()
+        assert (written[0], len(written[1]), written[2]) == (pid, 64, started)
+    finally:
+        process.release(end=True)
+    assert os.listdir(tmp_path) == ["rules.toml"]
+
+
+@pytest.mark.process
+async def test_a_traefik_that_was_replaced_by_an_older_one_starts_all_the_same(
+    make_proxy: ProxyFactory, backends: Backends, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "traefik"
+    program.symlink_to(installed_traefik())
+    made = make_proxy(command=[str(program)])
+    await made.start()
+    await made.add_route("/", backends("hub"), {"hub": True})
+    await made.add_route("/user/a!/", backends("a"), {})
+    for version in (*OLD_VERSIONS, "newest"):
+        program.unlink()
+        program.symlink_to(traefik_binary(version))
+        await started_again(made)
+        assert version in ("newest", ".".join(map(str, made.control.process.version)))
+        assert who(port_of(made), "/user/a!/") == "a", version
+        await made.add_route("/user/b/", backends("b"), {})
+        assert who(port_of(made), "/user/b/") == "b", version
+        await made.delete_route("/user/b/")
+        assert who(port_of(made), "/user/b/") == "hub", version
 
 
 def test_the_end_of_traefik_is_told_with_its_exit_status(tmp_path: Path) -> None:

@@ -577,7 +577,7 @@ def listen_address(option: str, url: str) -> str:
 
 def parse_version(release: str, whose: str) -> Version:
     """Return (major, minor, patch), or NEWEST. Raises ``RuntimeError`` for less than Traefik 3."""
-    found = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", release)
+    found = re.search(r"\bv?(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", release)
     version = (int(found[1]), int(found[2]), int(found[3] or 0)) if found else NEWEST
     if version < (3, 0, 0):
         raise RuntimeError(f"{whose} is Traefik {printable(release)}, too old: {GET_TRAEFIK}")
@@ -1397,14 +1397,17 @@ def held_listener(address: str) -> socket.socket:
     Raises ``OSError``.
     """
     host, _, port = address.rpartition(":")
-    both = host in ("", "[::]") and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    place, backlog = (host.strip("[]"), int(port)), 1 << 16  # of which the kernel takes less
-    listener = socket.create_server(place, family=family, backlog=backlog, dualstack_ipv6=both)
+    every = not host.strip("0.:[]") and socket.has_dualstack_ipv6()  # as Go takes 0.0.0.0, too
+    listener = socket.socket(socket.AF_INET6 if every or ":" in host else socket.AF_INET)
     program = ctypes.create_string_buffer(HOLD)
     filtering = struct.pack("HP", len(HOLD) // 8, ctypes.addressof(program))
     try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not every)
+        listener.bind(("" if every else host.strip("[]"), int(port)))
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filtering)
+        listener.listen(1 << 16)  # of which the kernel takes less
     except OSError:
         listener.close()
         raise
@@ -1441,6 +1444,7 @@ def port_holder(port: int) -> str:
 HOLD = struct.pack(
     *("=HBBIHBBIHBBIHBBI", 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06, 0, 0, 0xFFFFFFFF, 0x06, 0, 0, 0)
 )
+MOST_LINES = 50_000  # that Traefik may write in half a second
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27  # of Linux; Python has no names for them
 # The socket comes as standard input, for the shell can make no other one to number 3.
 HAND_OVER = 'LISTEN_PID=$$ exec "$0" "$@" 3<&0 </dev/null'
@@ -1481,7 +1485,8 @@ class Output:
         """Return the last lines since the start."""
         output = self.file.fileno()
         begin = max(self._start, os.fstat(output).st_size - (1 << 16))
-        return self._readable(os.pread(output, 1 << 16, begin))[-5:]
+        lines = self._readable(os.pread(output, 1 << 16, begin))[-5:]
+        return [printable(line) for line in lines]
 
     def pass_on(self) -> None:
         """Pass whole new lines on to the hub's log, 4 MiB at most; cut off what has been read."""
@@ -1489,8 +1494,10 @@ class Output:
         data = os.pread(output, most, self._passed_on)
         if end := data.rfind(b"\n") + 1 or len(data) // most * most:
             self._passed_on += end
-            for line in sharing_interpreter(self._readable(data[:end])):
-                self._write(line)
+            lines = self._readable(data[:end])
+            for line in sharing_interpreter(lines[:MOST_LINES]):
+                self._write(printable(line))
+            self._left_out += sum(map(len, lines[MOST_LINES:]))
         new = os.fstat(output).st_size - self._passed_on
         if new > most or (not new and self._passed_on > 1 << 20):
             self._left_out += new
@@ -1519,10 +1526,10 @@ class Output:
             self._seen[text] = 0
 
     def _readable(self, data: bytes) -> list[str]:
-        """Return lines of the output, printable and without secrets."""
+        """Return lines of the output, without secrets."""
         text = data.decode(errors="replace").replace(self._secret, "[hidden]")
         text = re.sub(r"\$apr1\$[./0-9A-Za-z]+\$[./0-9A-Za-z]+", "[hidden]", text)
-        return [printable(line) for line in text.splitlines()]
+        return text.splitlines()
 
 
 class TraefikProcess:
@@ -1676,7 +1683,7 @@ class TraefikProcess:
         if not self.runs():
             code = self._popen.returncode if self._popen else "unknown"
             text = f"Traefik exited with code {code}. "
-        for port in re.findall(r":(\d+): bind: address already in use", said)[-1:]:
+        for port in re.findall(r":(\d{1,5}): bind: address already in use", said)[-1:]:
             text += f"Port {port} is held by {port_holder(int(port))}. "
         return f"{text}Traefik said:\n  {said}"
 
