@@ -6063,6 +6063,7 @@ SIZES = (10, 100, 1000, 5000)  # routes
 ROUNDS = 3  # of all that has no number of its own
 WRK_ROUNDS = 5  # at each place of each table
 CHANGE_ROUNDS, MOST_CHANGE_ROUNDS = 20, 100  # at 5,000 routes or under load, and at 100
+CRASHES = 5  # of Traefik, one after another
 SLOW_ROUNDS = 3  # of jupyterhub-traefik-proxy, which takes a second a change
 AT_ONCE = (10, 50, 200, 1000)  # changes
 MANY = (200, 1000)  # those with which the event loop is watched
@@ -6230,6 +6231,27 @@ class Contestant:
             deep_merge(hub, route[1])
         await self.proxy._apply_dynamic_config(traefik, hub)
         await self.proxy._wait_for_route(paths[-1])
+
+    def crash(self, path: str) -> dict[str, float]:
+        """Kill Traefik, and return what the user of a live route sees until it is back."""
+        process = self.proxy.process if self.kind == FLOOR else self.proxy.control.process
+        os.kill(process.pid, signal.SIGKILL)
+        began = time.perf_counter()
+        if self.kind == FLOOR:
+            process.wait()
+            self.proxy.process = subprocess.Popen(self.proxy.command)
+        answers: list[float] = []  # in ms after the crash, the last one is right
+        status = 0
+        while status != 200:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status = fetch(self.port, path)[0]
+                answers.append(milliseconds(began))
+            time.sleep(0.001)
+        return {
+            "crash until the port answers, ms": answers[0],
+            "crash until a live route answers, ms": answers[-1],
+            "404 from a live route meanwhile, ms": answers[-1] - answers[0],
+        }
 
     def memory(self) -> float:
         """Return the resident memory of its process and all below, in MB."""
@@ -6561,6 +6583,12 @@ async def measure_in_process(
                 watch.cancel()
                 if kind != FLOOR and count in MANY:  # the floor works in the loop's thread
                     rounds[STALL.format(count)].append(max(stalls))
+        if kind in (THIS, FLOOR):
+            for _ in range(CRASHES):
+                await asyncio.sleep(1.5)  # one that dies young is started again later
+                seen = await asyncio.to_thread(contestant.crash, routespecs(size)[-1])
+                for figure, value in seen.items():
+                    rounds[figure].append(value)
         began = time.perf_counter()
     rounds["stop, ms"].append(milliseconds(began))
     return dict(rounds)

@@ -1021,7 +1021,7 @@ class RulesFile:
         self.path = settings.rules_file
         self.routes: dict[str, Route] = {}  # as in the file; replaced, never changed
         self.revision = ""  # of what was written last
-        self._settings, self._version, self._log = settings, version, log
+        self.version, self._settings, self._log = version, settings, log
         self._others = ""  # what other people wrote
         self._written = signature(self.path)
         self._certificate_seen: list[Signature | None] = []  # what Traefik has read
@@ -1043,8 +1043,8 @@ class RulesFile:
         """From the next write on have the file fit these settings and this version of Traefik."""
         config = dynamic_config(settings, version, self._certificate)
         self._head = f"{WRITTEN_BY}\n{config}"
-        other = version != self._version
-        self._settings, self._version = settings, version
+        other = version != self.version
+        self._settings, self.version = settings, version
         if other:
             stored = [json.loads(route.stored) for route in self.routes.values()]
             self.routes = {
@@ -1055,7 +1055,7 @@ class RulesFile:
     def make_route(self, routespec: str, target: str, data: str) -> Route:
         """Render a route for this file; ``data`` is JSON. Raises ``ValueError``."""
         transport = TRANSPORT if self._settings.internal_ssl else ""
-        return make_route(routespec, target, data, self._version >= PARTLY_ENCODED, transport)
+        return make_route(routespec, target, data, self.version >= PARTLY_ENCODED, transport)
 
     def changed_by_others(self) -> bool:
         """Whether the file is not the one that was written."""
@@ -1127,7 +1127,7 @@ class RulesFile:
 
     def _render(self, routes: Mapping[str, Route]) -> str:
         """Return the groups and routes as TOML."""
-        base, roots = self._settings.base_path, root_names(self._version)
+        base, roots = self._settings.base_path, root_names(self.version)
         in_tree = {
             routespec: route.key
             for routespec, route in sharing_interpreter(routes.items())
@@ -2128,16 +2128,22 @@ class TraefikControl:
         return refused
 
     def after_restart(self) -> None:
-        """Have a Traefik that was started again serve a file for its version, by a new password."""
+        """Have a Traefik that was started again serve a file for its version, by a new password.
+
+        If it is the same version, users need not wait for that: the file that is there will do.
+        Each wait ends if Traefik does, for that comes back here.
+        """
         process = self.process
         if not (self.running and process):
             return
-        self.settings = self.settings.with_new_password()
-        self.api.use_password(self.settings.traefik_api_password)
-        self.rules.fit(self.settings, process.version)
         try:
+            if process.version == self.rules.version:
+                self.confirmation.wait(self._closing, restarts=False)
+            self.settings = self.settings.with_new_password()
+            self.api.use_password(self.settings.traefik_api_password)
+            self.rules.fit(self.settings, process.version)
             self.rules.write(self.rules.routes)
-            self.confirmation.wait(self._closing, restarts=False)  # for that comes back here
+            self.confirmation.wait(self._closing, restarts=False)
         except RuntimeError:
             if process.runs():  # else its end is in the log
                 raise
