@@ -609,6 +609,110 @@ def test_the_dynamic_file_is_split_into_what_is_whose() -> None:
     assert proxy.split_rules("") == ("", [], "")
 
 
+# What jupyterhub-traefik-proxy 2.1.0 wrote for a hub, a user and a service, with tables of an
+# administrator, and some that an earlier hub of this proxy had left.
+OF_JTP = """
+[http.routers.route_api]
+rule = "Host(`127.0.0.1`) && PathPrefix(`/api`)"
+entryPoints = [ "auth_api",]
+service = "api@internal"
+middlewares = [ "auth_api",]
+
+[http.routers.router__2F]
+service = "service__2F"
+rule = "PathPrefix(`/`)"
+entryPoints = [ "http",]
+
+[http.routers.router__2Fuser_2Fj_25C3_25BC_2F]
+service = "service__2Fuser_2Fj_25C3_25BC_2F"
+rule = "( PathPrefix(`/user/jü/`) || Path(`/user/jü`) )"
+entryPoints = [ "http",]
+
+[http.routers.mine]
+rule = "PathPrefix(`/mine`)"
+service = "noop@internal"
+middlewares = [ "zip",]
+
+[http.routers.jupyterhub-api]
+rule = "PathPrefix(`/old`)"
+service = "api@internal"
+
+[http.routers._user_old_]
+rule = "PathPrefix(`/old`)"
+service = "_user_old_"
+
+[http.routers.jupyterhub-none]
+rule = "!PathPrefix(`/`)"
+service = "noop@internal"
+parentRefs = [ "jupyterhub-pages", "jupyterhub-rest",]
+
+[jupyterhub.routes.router__2F]
+routespec = "/"
+target = "http://127.0.0.1:8081"
+router = "router__2F"
+service = "service__2F"
+
+[jupyterhub.routes.router__2Fuser_2Fj_25C3_25BC_2F]
+routespec = "/user/j%C3%BC/"
+target = "http://127.0.0.1:9001"
+router = "router__2Fuser_2Fj_25C3_25BC_2F"
+service = "service__2Fuser_2Fj_25C3_25BC_2F"
+
+[http.middlewares.zip.compress]
+
+[http.middlewares.auth_api.basicAuth]
+users = [ "api_admin:$2b$12$8KNcKs5BxswUdiva0QqnJOUYQ7PRHHf4K95vHxP0g9S/4RWZcEQKe",]
+
+[http.services.service__2F.loadBalancer]
+passHostHeader = true
+[[http.services.service__2F.loadBalancer.servers]]
+url = "http://127.0.0.1:8081"
+
+[http.services.service__2Fuser_2Fj_25C3_25BC_2F.loadBalancer]
+passHostHeader = true
+[[http.services.service__2Fuser_2Fj_25C3_25BC_2F.loadBalancer.servers]]
+url = "http://127.0.0.1:9001"
+
+[jupyterhub.routes.router__2F.data]
+hub = true
+
+[jupyterhub.routes.router__2Fuser_2Fj_25C3_25BC_2F.data]
+user = "jü {{"
+[[jupyterhub.routes.router__2Fuser_2Fj_25C3_25BC_2F.data.deep]]
+a = 1
+
+[tls.options.default]
+minVersion = "VersionTLS13"
+
+[tls.stores.default.defaultCertificate]
+certFile = "/old.pem"
+keyFile = "/old.key"
+"""
+
+
+def test_a_file_of_jupyterhub_traefik_proxy_is_taken_over() -> None:
+    settings = make_settings(should_start=False, traefik_api_password="x")
+    own = proxy.dynamic_config(settings, proxy.NEWEST, ("/new.pem", "/new.key"))
+    found = proxy.take_over(proxy.no_template(OF_JTP), own)
+    assert found
+    assert [json.loads(line) for line in found[1]] == [
+        ["/", "http://127.0.0.1:8081", {"hub": True}],
+        ["/user/j%C3%BC/", "http://127.0.0.1:9001", {"user": "jü {{", "deep": [{"a": 1}]}],
+    ]
+    assert proxy.parse_others(found[0], own) == {
+        "http": {
+            "routers": {"mine": tomli.loads(OF_JTP)["http"]["routers"]["mine"]},
+            "middlewares": {"zip": {"compress": {}}},
+        },
+        "tls": {"options": {"default": {"minVersion": "VersionTLS13"}}},
+    }
+    empty = "[jupyterhub.routes]\n[http.middlewares.auth_api.basicAuth]\nusers = []\n"
+    assert proxy.take_over(empty, own) == ("", [])
+    odd = OF_JTP.replace('target = "', 'aim = "')
+    for other in ("", MINE, "not TOML", "jupyterhub = 1", "[jupyterhub]\nroutes = [1]", odd):
+        assert proxy.take_over(other, own) is None
+
+
 TABLES = st.recursive(
     st.integers() | st.text(max_size=2),
     lambda inner: st.dictionaries(st.sampled_from("abc"), inner),
@@ -1149,6 +1253,86 @@ async def test_a_dynamic_file_that_is_not_toml_is_moved_aside(
     assert aside.read_text() == text
     assert f"cannot keep what others wrote into it ({words}" in caplog.text
     assert str(aside) in caplog.text
+
+
+@pytest.mark.process
+async def test_servers_go_on_while_the_hub_moves_from_jupyterhub_traefik_proxy(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = pytest.importorskip("jupyterhub_traefik_proxy.fileprovider")
+    made = make_proxy.external(traefik_api_username="api", traefik_api_password="secret")
+    rules, port = files_of(made)[1], port_of(made)
+    options = {option: getattr(made, option) for option in ("app", "hub", "public_url")}
+    options |= {"traefik_api_url": made.traefik_api_url, "traefik_api_username": "api"}
+    options |= {"traefik_api_password": "secret", "should_start": False}
+    jtp = old.TraefikFileProviderProxy(
+        dynamic_config_file=str(rules), extra_dynamic_config=tomli.loads(MINE), **options
+    )
+    routes = {
+        "/": ("hub", {"hub": True}),
+        "/user/a%2Bb@c/": ("a", {"user": "a+b@c", "server_name": ""}),
+        "/user/j%C3%BC/": ("jü", {"user": "jü"}),
+        "/services/s/": ("s", {"service": "s", "deep": {"list": [{"a": 1}, {"b": [1, 2]}]}}),
+    }
+    for routespec, (name, data) in routes.items():
+        await jtp.add_route(routespec, backends(name), data)
+    before, text = await jtp.get_all_routes(), rules.read_text()
+    url = f"ws://127.0.0.1:{port}/user/a+b@c/ws"  # the only spelling that it routes
+    websocket = await tornado.websocket.websocket_connect(url)
+    asked = asyncio.Event()
+
+    def ask() -> list[str]:
+        return [who(port, "/user/a+b@c/x") for _ in iter(asked.is_set, True)]
+
+    answers = asyncio.get_running_loop().run_in_executor(None, ask)
+    caplog.clear()
+    assert await made.get_all_routes() == before
+    asked.set()
+    assert set(await answers) == {"a"}, "no request was lost"
+    await websocket.write_message("x")
+    assert await websocket.read_message() == "a: 'x'"
+    for routespec, (name, _) in routes.items():
+        assert who(port, f"{routespec}x") == name
+    assert who(port, "/mine") == "418"
+    (aside,) = rules.parent.glob("rules.toml.jtp-*")
+    assert aside.read_text() == text
+    assert caplog.text.count("jupyterhub-traefik-proxy") == 1
+    assert f"4 routes are taken over, and it is kept as {aside}" in caplog.text
+    await made.delete_route("/user/a%2Bb@c/")
+    assert who(port, "/user/a+b@c/") == "hub"
+    routers = tomli.loads(rules.read_text())["http"]["routers"]
+    assert not [name for name in routers if name.startswith(("router_", "route_api"))]
+    # And back, with the file that was kept.
+    os.replace(aside, rules)
+    jtp = type(jtp)(dynamic_config_file=str(rules), **options)
+    assert await jtp.get_all_routes() == before
+    await jtp.add_route("/user/new/", backends("new"), {})
+    assert {who(port, "/user/new/"), who(port, "/user/a+b@c/")} == {"new", "a"}
+
+
+@pytest.mark.process
+async def test_a_hub_returns_to_a_file_of_its_own_that_jupyterhub_traefik_proxy_wrote_again(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    old = pytest.importorskip("jupyterhub_traefik_proxy.fileprovider")
+    made = make_proxy.external(traefik_api_username="api", traefik_api_password="secret")
+    rules, port = files_of(made)[1], port_of(made)
+    rules.write_text(MINE)
+    await made.add_route("/", backends("hub"), {})
+    await made.add_route("/user/old/", backends("old"), {})
+    await made.stop()
+    options = {option: getattr(made, option) for option in ("app", "hub", "public_url")}
+    options |= {"traefik_api_url": made.traefik_api_url, "traefik_api_username": "api"}
+    options |= {"traefik_api_password": "secret", "should_start": False}
+    jtp = old.TraefikFileProviderProxy(dynamic_config_file=str(rules), **options)
+    await jtp.add_route("/user/new/", backends("new"), {})
+    assert who(port, "/user/old/") == "old", "it keeps the routes that it did not write, for ever"
+    again = make_proxy(**options)
+    await again.add_route("/", backends("hub"), {})
+    assert set(await again.get_all_routes()) == {"/", "/user/new/"}
+    assert [who(port, f"/user/{name}/") for name in ("old", "new")] == ["hub", "new"]
+    assert who(port, "/mine") == "418"
+    assert not list(rules.parent.glob("rules.toml.bad-*"))
 
 
 @pytest.mark.process

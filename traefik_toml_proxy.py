@@ -468,6 +468,8 @@ NOTHING = {"rule": "!PathPrefix(`/`)", "service": "noop@internal"}  # matches no
 # which answers 418, it is not in the access log.
 REVISION = "jupyterhub-revision_"
 REVISION_HEADER = "X-Revision"
+# Names that a hub has left where another program has written the whole file again.
+LEFT = re.compile(r".*_|(?:.+---)?jupyterhub-[a-z]+")
 
 # What only a static configuration of Traefik 1 has, and what takes its place.
 TRAEFIK_1 = {
@@ -829,6 +831,46 @@ def split_rules(text: str) -> tuple[str, list[str], str]:
     return others, re.findall(f"(?m)^{ROUTE}(.*)", own), revision[-1] if revision else ""
 
 
+def without(table: Table, taken: Table) -> Table:
+    """Return nested tables without what others have as well, and without those that this empties.
+
+    What is no table there, such as True, takes all that has its key here.
+    """
+    rest: Table = {}
+    for key, value in table.items():
+        takes = taken.get(key, {})
+        if isinstance(value, dict) and isinstance(takes, dict):
+            inner = without(value, takes)
+            rest |= {key: inner} if inner or not (value or key in taken) else {}
+        elif key not in taken:
+            rest[key] = value
+    return rest
+
+
+def take_over(others: str, own: str) -> tuple[str, list[str]] | None:
+    """Take over a file of jupyterhub-traefik-proxy: return what is left of it, and its routes.
+
+    These are lines like those of ROUTE. Left out are its tables and those that ``own`` has, which
+    is what the hub writes beside routes, as TOML. None for any other file.
+    """
+    try:
+        tables, hub = tomli.loads(others), tomli.loads(own)
+        routes = [{"data": {}, **route} for route in tables["jupyterhub"]["routes"].values()]
+        lines = [
+            json.dumps([route[key] for key in ("routespec", "target", "data")]) for route in routes
+        ]
+        taken = {kind: dict.fromkeys(names, True) for kind, names in hub.pop("http", {}).items()}
+        written = {("routers", "route_api"), ("middlewares", "auth_api")}
+        written |= {(f"{kind}s", route[kind]) for route in routes for kind in ("router", "service")}
+        for kind, names in tables.get("http", {}).items():
+            gone = (name for name in names if (kind, name) in written or LEFT.fullmatch(name))
+            taken.setdefault(kind, {}).update(dict.fromkeys(gone, True))
+        rest = without(tables, {**hub, "http": taken, "jupyterhub": True})
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        return None
+    return no_template(tomli_w.dumps(rest)), lines
+
+
 def parse_others(others: str, own: str) -> Table:
     """Return other people's tables. Raises ``ValueError`` if they cannot stand beside the hub's.
 
@@ -1143,16 +1185,27 @@ class RulesFile:
         if not text and signature(self.path):
             return []
         self._others, lines, _ = split_rules(text)
+        own = self._head + revision_tables(self._settings, "")
+        if taken := take_over(self._others, own):
+            self._others, lines = taken[0], lines + taken[1]
+            words = (
+                "%s is jupyterhub-traefik-proxy's: %i routes are taken over, and it is kept as %s"
+            )
+            self._log.warning(words, self.path, len(taken[1]), self._keep(text, "jtp"))
         try:
-            parse_others(self._others, self._head + revision_tables(self._settings, ""))
+            parse_others(self._others, own)
         except ValueError as error:
             self._others = ""
-            aside = f"{self.path}.bad-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-            with suppress(FileExistsError):  # from a try before this one
-                os.link(self.path, aside)
-            text_of = "%s cannot keep what others wrote into it (%s): it was moved to %s"
-            self._log.error(text_of, self.path, error, aside)
+            words = "%s cannot keep what others wrote into it (%s): it was moved to %s"
+            self._log.error(words, self.path, error, self._keep(text, "bad"))
         return lines
+
+    def _keep(self, text: str, why: str) -> str:
+        """Give the file, which is to be replaced and has this text, a second name; return it."""
+        aside = f"{self.path}.{why}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        with suppress(FileExistsError):  # from a try before this one
+            os.link(self.path, aside)
+        return aside
 
     def _render(self, routes: Mapping[str, Route]) -> str:
         """Return the groups and routes as TOML."""
