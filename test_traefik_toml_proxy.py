@@ -3188,7 +3188,7 @@ def test_options_are_options_where_python_drops_docstrings() -> None:
     code = "from traefik_toml_proxy import TraefikTomlProxy as kind\n"
     code += "print(len(kind.class_own_traits(config=True)))"
     command = [sys.executable, "-OO", "-c", code]
-    assert subprocess.check_output(command, cwd=HERE, text=True) == "24\n"
+    assert subprocess.check_output(command, cwd=HERE, text=True) == "25\n"
 
 
 # The proxy: requests ------------------------------------------------------------------------------
@@ -3354,6 +3354,98 @@ async def test_two_hubs_on_one_traefik_by_base_url(
     files_of(hubs[0])[1].unlink()
     await hubs[1].add_route(f"{bases[1]}user/late/", backends("late"), {})
     assert who(port, f"{bases[1]}user/late/") == "late", "it opens the API, too"
+
+
+def site(name: str, rule: str) -> str:
+    """Return a site of other people: a router that shows its name by a status of its own."""
+    text = f"[http.routers.{name}]\nrule = '{rule}'\nservice = \"noop@internal\"\n"
+    return f'{text}middlewares = ["{name}"]\n[http.middlewares.{name}.redirectRegex]\n' + (
+        f'regex = ".*"\nreplacement = "http://{name}/"\n'
+    )
+
+
+def site_of(port: int, host: str, path: str, **headers: str) -> str:
+    """Return which site or backend answers, or the status."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={"Host": host, **headers})
+        response = connection.getresponse()
+        text = response.read()
+    if place := response.getheader("Location"):
+        return place.strip("/").removeprefix("http://")
+    return json.loads(text)["who"] if response.status == 200 else str(response.status)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("binary", ["newest", "3.0.4", "3.6.4"])
+async def test_a_hub_leaves_other_hosts_alone_and_its_longer_path_wins(
+    make_proxy: ProxyFactory, backends: Backends, binary: str
+) -> None:
+    outer = make_proxy.external("directory", binary=traefik_binary(binary))
+    port, main = port_of(outer), "Host(`www.example.org`)"
+    sites = {"main": main, "docs": f"{main} && PathPrefix(`/jupyter/d`)"}
+    sites |= {
+        "short": f"{main} && PathPrefix(`/j`)",
+        "o": "Host(`other.org`)",
+        "any": "PathPrefix(`/`)",
+    }
+    text = "".join(site(name, rule) for name, rule in sites.items())
+    (make_proxy.directory / "sites.toml").write_text(text)
+    hosts = ["www.example.org", "hub.org"]
+    made = make_proxy(**beside(outer, "rules.toml", "/jupyter/", hosts=hosts))
+    for number in range(6):  # ties would be broken by chance
+        await made.add_route("/jupyter/", backends("hub"), {})
+        await made.add_route(f"/jupyter/user/{number}/", backends("user"), {})
+        for headers in ({}, {"Accept": "text/html"}):
+            for host, path, name in (
+                ("www.example.org", "/", "main"),
+                ("www.example.org", "/jx", "short"),
+                ("www.example.org", "/jupyter/", "hub"),
+                ("WWW.example.org:80", "/jupyter/user/0/x", "user"),
+                ("www.example.org", "/jupyter/docs", "docs"),
+                ("hub.org", "/jupyter/user/0", "user"),
+                ("hub.org", "/", "any"),
+                ("other.org", "/jupyter/", "o"),
+                ("x.org", "/jupyter/user/0/", "any"),
+            ):
+                assert site_of(port, host, path, **headers) == name, (host, path, headers)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("binary", ["newest", "3.0.4"])
+async def test_two_hubs_on_one_traefik_by_host(
+    make_proxy: ProxyFactory, backends: Backends, binary: str
+) -> None:
+    outer = make_proxy.external("directory", binary=traefik_binary(binary))
+    port, hubs = port_of(outer), {}
+    (make_proxy.directory / "sites.toml").write_text(site("own", "Host(`own.b.org`)"))
+    for name in ("a.org", "b.org"):
+        options = {"hosts": [name, f"*.{name}"], "host_routing": True}
+        hubs[name] = make_proxy(**beside(outer, f"{name}.toml", "/", **options))
+        await hubs[name].add_route("/", backends(f"hub {name}"), {"hub": True})
+        routespec = f"alice.{name}/user/alice/"
+        await hubs[name].add_route(routespec, backends(f"alice {name}"), {})
+    for _ in range(6):
+        await hubs["a.org"].add_route("bob.a.org/user/bob/", backends("bob"), {})
+        await hubs["a.org"].delete_route("bob.a.org/user/bob/")
+        for name in hubs:
+            assert site_of(port, name, "/hub/") == f"hub {name}"
+            assert site_of(port, f"alice.{name}", "/user/alice/x") == f"alice {name}"
+            assert site_of(port, f"ALICE.{name}.:80", "/user/alice/x") == f"alice {name}"
+            assert site_of(port, f"bob.{name}", "/user/bob/") == f"hub {name}"
+        assert site_of(port, "own.b.org", "/") == "own"
+        assert site_of(port, "c.org", "/") == "404"
+
+
+@pytest.mark.process
+async def test_other_peoples_shortest_path_is_no_matter_of_chance(
+    managed: TraefikTomlProxy, backends: Backends
+) -> None:
+    rules = files_of(managed)[1]
+    rules.write_text(rules.read_text() + site("a", "PathPrefix(`/a`)"))
+    for number in range(12):
+        await managed.add_route(f"/user/{number}/", backends("user"), {})
+        assert site_of(port_of(managed), "x", "/a", Accept="text/html") == "a"
 
 
 @pytest.mark.process

@@ -190,6 +190,7 @@ class Style(NamedTuple):
     partly_encoded: bool  # what Traefik's rules see of a path, see RESERVED
     mark: str = ""  # what the names of tables begin with, see Settings
     transport: str = ""  # the serversTransport of targets with https, if they need one
+    hosts: Sequence[str] = ()  # to which a route is limited that has none, see host_rule
 
 
 def no_template(text: str) -> str:
@@ -254,6 +255,19 @@ def split_routespec(routespec: str) -> tuple[str, str]:
     return host.rstrip("."), path  # Traefik takes a host with and without a last dot for the same
 
 
+def host_rule(host: str) -> str:
+    """Return the rule of a host, a name or ``*.`` and a name, which stands for all below it."""
+    if host.startswith("*."):
+        return f"HostRegexp(`^.+{path_pattern(host[1:].lower(), False)}[.]?$`)"
+    return f"Host(`{host}`)"
+
+
+def is_below(host: str, hosts: Sequence[str]) -> bool:
+    """Whether a host is among some, see host_rule; one that is not known is."""
+    endings = [name[1:] for name in hosts if name.startswith("*.")]
+    return not host or not hosts or host in hosts or host.endswith(tuple(endings))
+
+
 def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
     """Return the rule of a route, and its priority where it needs one of its own.
 
@@ -289,6 +303,12 @@ def split_target(target: str) -> tuple[str, str]:
 def make_route(routespec: str, target: str, data: str, style: Style) -> Route:
     """Render a route; ``data`` is JSON. Raises ``ValueError`` naming what is wrong."""
     rule, priority = route_rule(routespec, style.partly_encoded)
+    if style.hosts and routespec.startswith("/"):
+        # The longest name counts as if it were alone; where all below a name are meant, none does.
+        longest = f"Host(`{max(style.hosts, key=len)}`) && "
+        known = not any(host.startswith("*") for host in style.hosts)
+        priority = (priority or len(rule)) + len(longest) * known
+        rule = f"({' || '.join(map(host_rule, style.hosts))}) && {rule}"
     server, prefix = split_target(target)
     name = style.mark + route_name(routespec)
     stored = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("\x7f", "\\u007f")
@@ -469,7 +489,7 @@ NOTHING = {"rule": "!PathPrefix(`/`)", "service": "noop@internal"}  # matches no
 REVISION = "jupyterhub-revision_"
 REVISION_HEADER = "X-Revision"
 # Names that a hub has left where another program has written the whole file again.
-LEFT = re.compile(r".*_|(?:.+---)?jupyterhub-[a-z]+")
+LEFT = re.compile(r".*_|(?:.+---)?jupyterhub-[a-z]+(?:-\d+)?")
 
 # What only a static configuration of Traefik 1 has, and what takes its place.
 TRAEFIK_1 = {
@@ -505,6 +525,7 @@ class Settings:
     traefik_api_validate_cert: bool
     traefik_entrypoint: str
     traefik_api_entrypoint: str
+    hosts: Sequence[str]
     command: Sequence[str]
     traefik_env: Mapping[str, str]
     traefik_log_level: str
@@ -549,6 +570,9 @@ class Settings:
             raise ValueError("traefik_api_hashed_password is not that of traefik_api_password")
         if self.redirect_port and not self.https:
             raise ValueError("redirect_http_port needs a JupyterHub.bind_url with https")
+        for host in self.hosts:
+            if not re.fullmatch(r"(?:\*\.)?[A-Za-z0-9_-][A-Za-z0-9._-]*", host):
+                raise ValueError(f"hosts has {host!r}, which is no host name")
         if self.letsencrypt_domains and not self.letsencrypt_email:
             raise ValueError("letsencrypt_domains needs letsencrypt_email, too")
 
@@ -771,41 +795,55 @@ def certificate_tables(settings: Settings, certificate: CertificateFiles | None)
     return text
 
 
-def root_names(settings: Settings, version: Version) -> list[str]:
-    """Return the names of the parents of all routes, for a version of Traefik."""
-    names = [PAGES, ROOT] if version >= SERVICE_MIDDLEWARES else [ROOT]
-    return [settings.mark + name for name in names] if version >= PARENTS else []
+def root_names(settings: Settings, version: Version) -> dict[str, str]:
+    """Return the names of the parents of all routes, for a version of Traefik, with their hosts."""
+    kinds = [PAGES, ROOT] if version >= SERVICE_MIDDLEWARES else [ROOT]
+    names: dict[str, str] = {}
+    for number, host in enumerate(settings.hosts or [""], 1):
+        end = f"-{number}" if number > 1 else ""
+        names |= {f"{settings.mark}{kind}{end}": host for kind in kinds}
+    return names if version >= PARENTS else {}
 
 
 def roots(settings: Settings, version: Version) -> str:
     """Return the parents of all routes, with the hub's page in place of a bare "Bad Gateway".
 
-    All routes are below two routers, so that requests which ask for no page, such as websockets,
-    pass no middleware. A parent has to have a child. Traefik before 3.6 knows no parents, and one
-    before 3.7 would give the visitor's cookies to the page and the page's to the visitor.
+    All routes are below two routers of each host, so that requests which ask for no page, such as
+    websockets, pass no middleware. A parent has to have a child. Traefik before 3.6 knows no
+    parents, and one before 3.7 would give the visitor's cookies to the page and the page's to the
+    visitor. A parent counts as much as a rule of its host and the base path, so that longer ones of
+    other people win; of two that count the same Traefik takes any.
     """
     hub, public = f"{settings.mark}jupyterhub", {"entryPoints": [settings.traefik_entrypoint]}
-    root, pages = (f"http.routers.{settings.mark}{name}" for name in (ROOT, PAGES))
-    names = root_names(settings, version)
+    names, base = root_names(settings, version), settings.base_path
     if not names:
-        return toml_table(root, **NOTHING, **public)
-    base = settings.base_path
-    rule, weight = route_rule(base, partly_encoded=True)[0], len(f"PathPrefix(`{base}`)")
-    text = toml_table(root, rule=rule, priority=weight, **public)
-    text += toml_table(f"http.routers.{hub}-none", **NOTHING, parentRefs=names)
-    if version >= SERVICE_MIDDLEWARES:
-        asks = "(Method(`GET`) || Method(`HEAD`)) && HeaderRegexp(`Accept`, `text/html`)"
-        name = f"{hub}-errors"
-        rule, page = f"{rule} && {asks}", urlsplit(settings.hub_url).path + "error/503"
-        text += toml_table(pages, rule=rule, priority=weight + 1, middlewares=[name], **public)
-        errors = f"http.middlewares.{name}.errors"
-        text += toml_table(errors, status=["502", "504"], service=f"{hub}-hub", query=page)
-        text += toml_table(f"{errors}.statusRewrites", **{'"502-504"': 503})
-        stranger = f"http.middlewares.{hub}-stranger.headers"  # who has no session
-        text += toml_table(f"{stranger}.customRequestHeaders", **dict.fromkeys(SESSION, ""))
-        text += toml_table(f"{stranger}.customResponseHeaders", **{"Set-Cookie": ""})
-        text += toml_table(f"http.services.{hub}-hub", middlewares=[f"{hub}-stranger"])
-    return text
+        return toml_table(f"http.routers.{settings.mark}{ROOT}", **NOTHING, **public)
+    below = route_rule(base, partly_encoded=True)[0]
+    asks = " && (Method(`GET`) || Method(`HEAD`)) && HeaderRegexp(`Accept`, `text/html`)"
+    text = toml_table(f"http.routers.{hub}-none", **NOTHING, parentRefs=list(names))
+    for name, host in names.items():
+        rule = f"{host_rule(host)} && {below}" if host else below
+        known = f"Host(`{host}`) && " if host and host[0] != "*" else ""
+        page, weight = (
+            name.startswith(f"{settings.mark}{PAGES}"),
+            len(f"{known}PathPrefix(`{base}`)"),
+        )
+        own: Table = {"middlewares": [f"{hub}-errors"]} if page else {}
+        own |= {"rule": rule + asks * page, "priority": weight if page else weight - 1}
+        text += toml_table(f"http.routers.{name}", **own, **public)
+    return text + (error_page(settings) if version >= SERVICE_MIDDLEWARES else "")
+
+
+def error_page(settings: Settings) -> str:
+    """Return the middleware that shows the hub's page, to somebody without a session, as TOML."""
+    hub, page = f"{settings.mark}jupyterhub", urlsplit(settings.hub_url).path + "error/503"
+    errors = f"http.middlewares.{hub}-errors.errors"
+    text = toml_table(errors, status=["502", "504"], service=f"{hub}-hub", query=page)
+    text += toml_table(f"{errors}.statusRewrites", **{'"502-504"': 503})
+    stranger = f"http.middlewares.{hub}-stranger.headers"
+    text += toml_table(f"{stranger}.customRequestHeaders", **dict.fromkeys(SESSION, ""))
+    text += toml_table(f"{stranger}.customResponseHeaders", **{"Set-Cookie": ""})
+    return text + toml_table(f"http.services.{hub}-hub", middlewares=[f"{hub}-stranger"])
 
 
 def revision_tables(settings: Settings, revision: str) -> str:
@@ -1126,7 +1164,14 @@ class RulesFile:
         """Render a route for this file; ``data`` is JSON. Raises ``ValueError``."""
         mark, partly_encoded = self._settings.mark, self.version >= PARTLY_ENCODED
         transport = mark + TRANSPORT if self._settings.internal_ssl else ""
-        return make_route(routespec, target, data, Style(partly_encoded, mark, transport))
+        hosts = () if self._in_tree(routespec) else self._settings.hosts
+        return make_route(routespec, target, data, Style(partly_encoded, mark, transport, hosts))
+
+    def _in_tree(self, routespec: str) -> bool:
+        """Whether a route is below the parents of all routes."""
+        settings, host = self._settings, routespec.partition("/")[0].rstrip(".").lower()
+        below = path_of(routespec).startswith(settings.base_path) and is_below(host, settings.hosts)
+        return below and self.version >= PARENTS
 
     def changed_by_others(self) -> bool:
         """Whether the file is not the one that was written."""
@@ -1209,12 +1254,11 @@ class RulesFile:
 
     def _render(self, routes: Mapping[str, Route]) -> str:
         """Return the groups and routes as TOML."""
-        base, mark = self._settings.base_path, self._settings.mark
-        roots = root_names(self._settings, self.version)
+        mark, roots = self._settings.mark, root_names(self._settings, self.version)
         in_tree = {
             routespec: route.key
             for routespec, route in sharing_interpreter(routes.items())
-            if roots and path_of(routespec).startswith(base)
+            if self._in_tree(routespec)
         }
         text, parents = [], defaultdict[str, list[str]](list)
         tree = route_tree(in_tree.values(), ", ".join(map(toml_string, roots)), mark)
@@ -2308,6 +2352,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     - traefik_entrypoint: Entry point of the routes; https turns TLS on. Default: https if
       JupyterHub.bind_url begins so or letsencrypt_domains is set, else http.
     - traefik_api_entrypoint: Entry point of Traefik's API, another one than that of the routes.
+    - hosts: Host names that the hub answers to, where Traefik has other sites as well, such as
+      hub.example.org; *.hub.example.org
+      stands for all names below. Default: all names.
     - enable_setup_dynamic_config: Whether rules.toml opens Traefik's API, for user and password,
       where should_start is False. Set it to False if a file of your own does.
     - command: Traefik's program, on PATH or beside the running Python; or a list that begins with a
@@ -2342,6 +2389,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     traefik_api_validate_cert = Bool(True)
     traefik_entrypoint = Unicode()
     traefik_api_entrypoint = Unicode("auth_api")
+    hosts = List(Unicode())
     enable_setup_dynamic_config = Bool(True)
     command = Command("traefik")
     traefik_env = Dict(Unicode())
