@@ -181,7 +181,7 @@ class Route(NamedTuple):
 
     stored: str  # what JupyterHub wants back: [routespec, target, data] as JSON
     tables: str  # of Traefik, as TOML, the router last
-    key: str  # its place in the order of the tree, see tree_key
+    key: str | None  # its place in the order of the tree, see tree_key; None outside of the tree
 
 
 class Style(NamedTuple):
@@ -824,10 +824,8 @@ def roots(settings: Settings, version: Version) -> str:
     for name, host in names.items():
         rule = f"{host_rule(host)} && {below}" if host else below
         known = f"Host(`{host}`) && " if host and host[0] != "*" else ""
-        page, weight = (
-            name.startswith(f"{settings.mark}{PAGES}"),
-            len(f"{known}PathPrefix(`{base}`)"),
-        )
+        page = name.startswith(f"{settings.mark}{PAGES}")
+        weight = len(f"{known}PathPrefix(`{base}`)")
         own: Table = {"middlewares": [f"{hub}-errors"]} if page else {}
         own |= {"rule": rule + asks * page, "priority": weight if page else weight - 1}
         text += toml_table(f"http.routers.{name}", **own, **public)
@@ -1164,8 +1162,10 @@ class RulesFile:
         """Render a route for this file; ``data`` is JSON. Raises ``ValueError``."""
         mark, partly_encoded = self._settings.mark, self.version >= PARTLY_ENCODED
         transport = mark + TRANSPORT if self._settings.internal_ssl else ""
-        hosts = () if self._in_tree(routespec) else self._settings.hosts
-        return make_route(routespec, target, data, Style(partly_encoded, mark, transport, hosts))
+        in_tree = self._in_tree(routespec)
+        hosts = () if in_tree else self._settings.hosts
+        route = make_route(routespec, target, data, Style(partly_encoded, mark, transport, hosts))
+        return route if in_tree else route._replace(key=None)
 
     def _in_tree(self, routespec: str) -> bool:
         """Whether a route is below the parents of all routes."""
@@ -1255,22 +1255,21 @@ class RulesFile:
     def _render(self, routes: Mapping[str, Route]) -> str:
         """Return the groups and routes as TOML."""
         mark, roots = self._settings.mark, root_names(self._settings, self.version)
-        in_tree = {
-            routespec: route.key
-            for routespec, route in sharing_interpreter(routes.items())
-            if self._in_tree(routespec)
-        }
+        keys = (route.key for route in sharing_interpreter(routes.values()))
+        in_tree = [key for key in keys if key is not None]
         text, parents = [], defaultdict[str, list[str]](list)
-        tree = route_tree(in_tree.values(), ", ".join(map(toml_string, roots)), mark)
+        tree = route_tree(in_tree, ", ".join(map(toml_string, roots)), mark)
         for group in sharing_interpreter(tree):
             text.append(group.router)
             for key in group.members:
                 parents[key].append(f'"{group.name}"')
         entry_point = f"entryPoints = [{toml_string(self._settings.traefik_entrypoint)}]\n"
-        for routespec, route in sharing_interpreter(routes.items()):
-            place = f"parentRefs = [{', '.join(parents[route.key])}]\n"
+        for route in sharing_interpreter(routes.values()):
             text += "\n", ROUTE, route.stored, "\n", route.tables
-            text.append(place if routespec in in_tree else entry_point)
+            if route.key is None:
+                text.append(entry_point)
+            else:
+                text.append(f"parentRefs = [{', '.join(parents[route.key])}]\n")
         return "".join(text)
 
     def _usable_certificate(self) -> CertificateFiles | None:
@@ -2353,8 +2352,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
       JupyterHub.bind_url begins so or letsencrypt_domains is set, else http.
     - traefik_api_entrypoint: Entry point of Traefik's API, another one than that of the routes.
     - hosts: Host names that the hub answers to, where Traefik has other sites as well, such as
-      hub.example.org; *.hub.example.org
-      stands for all names below. Default: all names.
+      hub.example.org; *.hub.example.org stands for all names below it. Default: all names.
     - enable_setup_dynamic_config: Whether rules.toml opens Traefik's API, for user and password,
       where should_start is False. Set it to False if a file of your own does.
     - command: Traefik's program, on PATH or beside the running Python; or a list that begins with a
