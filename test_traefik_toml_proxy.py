@@ -1259,7 +1259,7 @@ async def test_a_dynamic_file_that_is_not_toml_is_moved_aside(
 async def test_servers_go_on_while_the_hub_moves_from_jupyterhub_traefik_proxy(
     make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = pytest.importorskip("jupyterhub_traefik_proxy.fileprovider")
+    old = importlib.import_module("jupyterhub_traefik_proxy.fileprovider")
     made = make_proxy.external(traefik_api_username="api", traefik_api_password="secret")
     rules, port = files_of(made)[1], port_of(made)
     options = {option: getattr(made, option) for option in ("app", "hub", "public_url")}
@@ -1314,7 +1314,7 @@ async def test_servers_go_on_while_the_hub_moves_from_jupyterhub_traefik_proxy(
 async def test_a_hub_returns_to_a_file_of_its_own_that_jupyterhub_traefik_proxy_wrote_again(
     make_proxy: ProxyFactory, backends: Backends
 ) -> None:
-    old = pytest.importorskip("jupyterhub_traefik_proxy.fileprovider")
+    old = importlib.import_module("jupyterhub_traefik_proxy.fileprovider")
     made = make_proxy.external(traefik_api_username="api", traefik_api_password="secret")
     rules, port = files_of(made)[1], port_of(made)
     rules.write_text(MINE)
@@ -1473,6 +1473,30 @@ async def check_repairs(made: TraefikTomlProxy, backends: Backends) -> None:
     written = rules.stat().st_ino
     await made.check_routes(users_of(routes), {})
     assert rules.stat().st_ino == written, "what is right is not written again"
+
+
+@pytest.mark.process
+async def test_check_names_what_another_file_of_the_directory_has_too(
+    setup: Setup, backends: Backends
+) -> None:
+    setup.configure()
+    static = tomli.loads(setup.run("static-config"))
+    static["providers"]["file"] = {"directory": str(setup.rules.parent), "watch": True}
+    setup.start_traefik(tomli_w.dumps(static))
+    await setup.hub().add_route("/user/a/", backends("a"), {})
+    assert setup.check()["dynamic"][0] == "ok"
+    other = setup.rules.with_name("other.toml")
+    other.write_text("[http.routers.jupyterhub-api]\nrule = 'Path(`/`)'\nservice = 'x'\n")
+    assert setup.check()["dynamic"][0] == "ok", "all hubs may open the API"
+    other.write_text("[http.routers._user_a_]\nrule = 'Path(`/`)'\nservice = 'x'\n")
+    level, text = setup.check()["dynamic"]
+    assert (level, text.split(" has ")) == (
+        "warn",
+        [
+            str(other),
+            "http.routers._user_a_, too: Traefik takes those of the first file by name",
+        ],
+    )
 
 
 @pytest.mark.process
@@ -5406,7 +5430,7 @@ def test_the_readme_knows_every_option() -> None:
     options = [
         name for name in TraefikTomlProxy.class_own_traits(config=True) if not name.startswith("_")
     ]
-    assert len(options) == 24
+    assert len(options) == 25
     assert [name for name in options if f"`{name}`" not in readme] == []
 
 

@@ -1863,7 +1863,7 @@ class TraefikProcess:
         with open(self.command[0], "rb") as program:
             # A wrapper or a script may close the socket or clear the environment.
             direct = len(self.command) == 1 and program.read(4) == b"\x7fELF"
-        if not direct or self.version < TAKES_SOCKETS:
+        if not direct or self.version < TAKES_SOCKETS or sys.platform != "linux":
             return None
         entry_point = tomli.loads(self._static)["entryPoints"][name]
         if entry_point["address"] != address or not re.fullmatch(r"[\w-]+", name, re.ASCII):
@@ -2755,11 +2755,37 @@ class Check:
             names = {key.rpartition(".")[0] for key in flatten(parse_others(others, head))}
         except ValueError as error:
             return "FAIL", f"{path} ({RULES}) cannot be used: {error}"
+        if twice := self._names_elsewhere(text):
+            return "warn", twice
         status = os.stat(path)
         owner = f"{stat.filemode(status.st_mode)} {status.st_uid}:{status.st_gid}"
         tables = ", ".join(sorted(names)) or "none"
         found = f"{len(routes)} routes of the hub, tables of others: {tables}"
         return "ok", f"{path} ({owner}) can be read and replaced by {user}; {found}"
+
+    def _names_elsewhere(self, text: str) -> str:
+        """Name what another file of a directory that Traefik watches has, too; "" if there is none.
+
+        ``text`` is that of the dynamic file.
+        """
+
+        def names(tables: Table) -> set[str]:
+            http = tables.get("http", {}).items()
+            return {f"http.{kind}.{name}" for kind, table in http for name in table if name != API}
+
+        path, trusted = self.settings.rules_file, self.settings.trusted_users
+        files = (
+            []
+            if self.settings.should_start
+            else glob.glob("*.toml", root_dir=os.path.dirname(path))
+        )
+        for other in sorted(f"{os.path.dirname(path)}/{name}" for name in files):
+            with suppress(AttributeError, OSError, TypeError, ValueError):
+                twice = names(tomli.loads(read_file(other, RULES, trusted)))
+                if other != path and (twice := twice & names(tomli.loads(text))):
+                    both = ", ".join(sorted(twice)[:3])
+                    return f"{other} has {both}, too: Traefik takes those of the first file by name"
+        return ""
 
     def api_access(self) -> Finding:
         """Ask Traefik's API with the hub's credentials and without."""
