@@ -1485,7 +1485,7 @@ async def test_check_names_what_another_file_of_the_directory_has_too(
     setup.start_traefik(tomli_w.dumps(static))
     await setup.hub().add_route("/user/a/", backends("a"), {})
     assert setup.check()["dynamic"][0] == "ok"
-    other = setup.rules.with_name("other.toml")
+    other = setup.rules.with_name("the other.toml")
     other.write_text("[http.routers.jupyterhub-api]\nrule = 'Path(`/`)'\nservice = 'x'\n")
     assert setup.check()["dynamic"][0] == "ok", "all hubs may open the API"
     other.write_text("[http.routers._user_a_]\nrule = 'Path(`/`)'\nservice = 'x'\n")
@@ -4661,7 +4661,7 @@ def test_check_warns_of_an_api_without_a_password(setup: Setup) -> None:
     found = setup.check()
     assert levels(found) == {"api": "warn"}
     assert "answers without a password" in found["api"][1]
-    other = setup.rules.with_name("other.toml")
+    other = setup.rules.with_name("the other.toml")
     other.write_text(revision_by_hand("0123456789abcdef"))
     setup.configure(toml_dynamic_config_file=str(other), check_route_timeout=0.5)
     found = setup.check(fails=True)
@@ -4706,7 +4706,7 @@ async def test_check_compares_the_revision_in_the_file_with_the_one_that_traefik
 def test_check_says_when_traefik_reads_another_file(setup: Setup) -> None:
     setup.configure(check_route_timeout=0.5)
     setup.rules.write_text(revision_by_hand("0123456789abcdef"))
-    other = setup.rules.with_name("other.toml")
+    other = setup.rules.with_name("the other.toml")
     setup.start_traefik(setup.run("static-config").replace(str(setup.rules), str(other)))
     assert not other.read_text()
     level, text = setup.check(fails=True)["revision"]

@@ -1165,7 +1165,7 @@ class RulesFile:
         in_tree = self._in_tree(routespec)
         hosts = () if in_tree else self._settings.hosts
         route = make_route(routespec, target, data, Style(partly_encoded, mark, transport, hosts))
-        return route if in_tree else route._replace(key=None)
+        return route if in_tree else Route(route.stored, route.tables, None)
 
     def _in_tree(self, routespec: str) -> bool:
         """Whether a route is below the parents of all routes."""
