@@ -1512,7 +1512,7 @@ def trusted_listener(port: int, *trusted: int) -> frozenset[str]:
     listens, the answer is a mere name.
     """
     sockets = listening_sockets(port)
-    if not os.path.exists("/proc/net/tcp"):
+    if not os.access("/proc/net/tcp", os.R_OK):
         return frozenset({"unknown"})
     others = set(sockets.values()) - {0, os.geteuid(), *trusted}
     return frozenset() if others else frozenset(sockets)
