@@ -434,7 +434,7 @@ def tables(draw: Any) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("group", [2, 3, 10])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tables(), st.randoms(use_true_random=False))
 def test_a_tree_reaches_what_a_plain_table_reaches(
     group: int, drawn: tuple[list[str], list[str]], random: Any
