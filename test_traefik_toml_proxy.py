@@ -5851,6 +5851,97 @@ def test_hub_and_traefik_as_two_users(
     assert "Traceback" not in hub.log()
 
 
+def middlewares(scheme: str, burst: int, networks: str, base: str = "/") -> dict[str, Any]:
+    """Return the options of the README's block of middlewares, with other values."""
+    block = readme_block("python", "# browsers insist on https")
+    values = {'"/"  #': f"{base!r}  #", '"https"  #': f"{scheme!r}  #", " 100,": f" {burst},"}
+    for old, new in {**values, '["10.0.0.0/8", "2001:db8::/32"]': networks}.items():
+        assert block.count(old) == 1, old
+        block = block.replace(old, new)
+    exec(block, {"c": (config := Config())})
+    return dict(config.TraefikTomlProxy)
+
+
+def curl(source: str, *options: str) -> str:
+    """Return status and headers of an answer to a request from an address of this machine."""
+    command = ["curl", "-sSk", "-m10", "-o", "/dev/null", "-D-", "--interface", source, *options]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("version", ["newest", "3.6.4"])
+async def test_the_readmes_middlewares_refuse_as_it_says(
+    make_proxy: ProxyFactory,
+    backends: Backends,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    version: str,
+) -> None:
+    options = middlewares("https", 3, '["127.0.0.2", "127.0.0.3"]')
+    options["extra_static_config"]["accessLog"] = {"filePath": f"{tmp_path}/log", "format": "json"}
+    options |= {"traefik_log_level": "DEBUG", "command": traefik_binary(version)}
+    cert, key = make_certificate(tmp_path / "own", "hub.test")
+    url = f"https://127.0.0.1:{free_port()}/"
+    made = make_proxy(public_url=url, app=stand_in_app(ssl_cert=cert, ssl_key=key), **options)
+    caplog.set_level("INFO")
+    await made.start()
+    await made.add_route("/", backends("hub"), {})
+    await made.add_route("/user/a/", backends("a"), {})
+    for place in ("", "user/a/", "hub/login"):
+        assert curl("127.0.0.1", url + place).startswith("HTTP/2 403")
+        answer = curl("127.0.0.2", url + place)
+        assert answer.startswith("HTTP/2 200")
+        assert answer.lower().count("strict-transport-security: max-age=31536000") == 1
+    posts = [curl("127.0.0.2", "-XPOST", f"{url}hub/login") for _ in range(4)]
+    assert [post.split()[1] for post in posts] == ["200", "200", "200", "429"]
+    assert "retry-after: 6" in posts[-1].lower()
+    assert curl("127.0.0.3", "-XPOST", f"{url}hub/login").startswith("HTTP/2 200")
+    for option, ends in (("-tls1_2", 1), ("-tls1_3", 0)):
+        command = ["openssl", "s_client", "-connect", url.split("/")[2], option]
+        run = subprocess.run(command, input=b"", capture_output=True)
+        assert (run.returncode, b"alert protocol version" in run.stderr) == (ends, bool(ends))
+    for words in ('1: "127.0.0.1" matched none of the', "client offered only unsupported versions"):
+        await asyncio.to_thread(wait_until, lambda words=words: words in caplog.text)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    refused = [line for line in lines if line["OriginStatus"] == 0]
+    assert [line["DownstreamStatus"] for line in refused] == [403, 403, 403, 429]
+    assert (refused[0]["ClientHost"], refused[3]["RouterName"]) == ("127.0.0.1", "log-in@file")
+
+
+@pytest.mark.process
+async def test_middlewares_behind_a_front(make_proxy: ProxyFactory, backends: Backends) -> None:
+    options = middlewares("http", 2, '["2001:db8::/32"], "ipStrategy": {"depth": 1}')
+    trust = {"trustedIPs": ["127.0.0.1"]}
+    options["extra_static_config"]["entryPoints"]["http"]["forwardedHeaders"] = trust
+    limit = options["extra_dynamic_config"]["http"]["middlewares"]["log-in"]["rateLimit"]
+    limit["sourceCriterion"]["ipStrategy"]["depth"] = 1
+    made = make_proxy(**options)
+    await made.start()
+    await made.add_route("/", backends("hub"), {})
+    visitors = ["2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8:0:1::1", "192.0.2.1"]
+    posts = [{"X-Forwarded-For": f"2001:db8::9, {visitor}"} for visitor in visitors]
+    answers = [fetch(port_of(made), "/hub/login", post, "POST")[0] for post in posts]
+    assert answers == [200, 200, 429, 200, 403]
+
+
+@pytest.mark.process
+@pytest.mark.hub
+@pytest.mark.parametrize("base", ["/", "/base/"])
+def test_log_ins_are_limited(whole_hub: Callable[..., WholeHub], base: str) -> None:
+    options = middlewares("http", 4, '["127.0.0.0/8"]', base).items()
+    config = "".join(f"c.TraefikTomlProxy.{name} = {value!r}\n" for name, value in options)
+    hub = whole_hub(config + "c.DummyAuthenticator.password = 'x'", f"http://127.0.0.1:PORT{base}")
+    hub.log_in("alice", "x")
+    assert hub.request(f"{base}hub/home").status == 200  # its cookies have come through
+    body = b'{"auth": {"username": "alice", "password": "wrong"}}'
+    names = ["alice", "a%2Fb", "x%0A", "alice", "x%0A"]
+    paths = [f"{base}hub/api/users/{name}/tokens" for name in names] + [f"{base}hub//logi%6e"]
+    assert [hub.request(path, body).status for path in paths] == [403, 403, 403, 429, 429, 429]
+    hub.follow(f"{base}hub/spawn")  # with each change of a route the count begins anew
+    wait_until(lambda: {hub.request(path, body).status for path in paths[:3]} == {403})
+    assert hub.log().count(f'the service \\"{base.replace("/", "_")}@file\\" does not exist') == 1
+
+
 # Packaging ----------------------------------------------------------------------------------------
 
 
