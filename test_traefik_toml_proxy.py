@@ -5938,7 +5938,7 @@ def test_log_ins_are_limited(whole_hub: Callable[..., WholeHub], base: str) -> N
     paths = [f"{base}hub/api/users/{name}/tokens" for name in names] + [f"{base}hub//logi%6e"]
     assert [hub.request(path, body).status for path in paths] == [403, 403, 403, 429, 429, 429]
     hub.follow(f"{base}hub/spawn")  # with each change of a route the count begins anew
-    wait_until(lambda: {hub.request(path, body).status for path in paths[:3]} == {403})
+    wait_until(lambda: hub.request(paths[0], body).status == 403)
     assert hub.log().count(f'the service \\"{base.replace("/", "_")}@file\\" does not exist') == 1
 
 
