@@ -265,7 +265,8 @@ def who(port: int, path: str, **headers: str) -> str:
 def stand_in_app(**settings: Any) -> SimpleNamespace:
     """Return what a proxy needs of JupyterHub when no whole hub runs."""
     hub = SimpleNamespace(routespec="/", host="http://127.0.0.1:1", url="http://127.0.0.1:1/hub/")
-    app = SimpleNamespace(subdomain_host="", internal_ssl=False, hub=hub)
+    app = SimpleNamespace(subdomain_host="", public_url="", internal_ssl=False, hub=hub)
+    app.trusted_downstream_ips = []
     vars(app).update(settings)
     return app
 
@@ -451,6 +452,52 @@ def pebble(tmp_path: Path) -> Iterator[Callable[..., Pebble]]:
     yield make
     for server in servers:
         server.close()
+
+
+# A proxy in front -------------------------------------------------------------------------------
+
+
+class Nginx:
+    """An nginx in a directory, with what stands in the block ``http`` of its configuration."""
+
+    def __init__(self, directory: Path, http: str) -> None:
+        self.log = directory / "error.log"
+        places = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        temporary = "".join(f"{place}_temp_path {directory}/{place};" for place in places)
+        config = directory / "nginx.conf"
+        config.write_text(
+            f"daemon off; master_process off; pid {directory}/nginx.pid; events {{}}\n"
+            f"http {{ access_log off; {temporary}\n{http}\n}}\n"
+        )
+        self.process = subprocess.Popen(["nginx", "-c", str(config), "-e", str(self.log)])
+        for port in re.findall(r"listen 127\.0\.0\.1:(\d+)", http):
+            wait_until(lambda port=port: self.listens(int(port)))
+
+    def listens(self, port: int) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture
+def nginx(tmp_path: Path) -> Iterator[Callable[[str], Nginx]]:
+    if not shutil.which("nginx"):
+        pytest.skip("needs nginx: apt-get install nginx-light")
+    fronts: list[Nginx] = []
+
+    def make(http: str) -> Nginx:
+        directory = tmp_path / "nginx"
+        directory.mkdir()
+        fronts.append(Nginx(directory, http))
+        return fronts[-1]
+
+    yield make
+    for front in fronts:
+        front.close()
 
 
 # Other environments -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ Traefik process  start, adoption, watch, stop                   Traefik, wrapper
 Confirmation     the revision, help, diagnoses                  Traefik that hangs or is deaf
 Last activity    when routes were used last                     Traefik
 The proxy        what JupyterHub calls, and what requests       Traefik of five versions, an ACME
-                 meet: names, HTTPS, pages, websockets          server, whole hubs with JupyterLab
+                 meet: names, HTTPS, pages, websockets          server, nginx, hubs with JupyterLab
 Command line     check, static-config, password                 Traefik, a terminal
 Churn            all of it at once, for two minutes             Traefik, a disk that may be full
 README           its files, commands, messages                  Traefik, whole hubs, containers
@@ -95,6 +95,7 @@ from conftest import (
     OLD_VERSIONS,
     Backends,
     Compose,
+    Nginx,
     Pebble,
     ProxyFactory,
     WholeHub,
@@ -547,6 +548,69 @@ def test_addresses_that_are_none(url: str) -> None:
 def test_options_that_do_not_go_together(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make_settings(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "trusted"),
+    [
+        ([], []),
+        (["203.0.113.2", " 10.0.0.1/24\n"], ["203.0.113.2", "10.0.0.0/24"]),
+        (["2001:DB8:0::2", "fd00::1/120"], ["2001:db8::2", "fd00::/120"]),
+        (["10.0.0.0/255.255.255.252", "10.0.0.8/32"], ["10.0.0.0/30", "10.0.0.8"]),
+        (["127.0.0.1"], ["127.0.0.1", "::1"]),
+        (["::1", "10.0.0.1"], ["::1", "10.0.0.1", "127.0.0.1"]),
+        (["127.0.0.2"], ["127.0.0.2"]),
+    ],
+)
+def test_proxies_that_can_be_trusted(given: list[str], trusted: list[str]) -> None:
+    found = make_settings(trusted_proxies=given, proxy_protocol_from=given)
+    assert [*found.trusted_proxies] == [*found.proxy_protocol_from] == trusted
+    assert {text for text in trusted if "/" not in text} <= set(found.fronts)
+    static = tomli.loads(proxy.static_config(found, proxy.NEWEST))["entryPoints"]["http"]
+    for kind in ("forwardedHeaders", "proxyProtocol"):
+        assert static.get(kind) == ({"trustedIPs": trusted} if trusted else None)
+    middlewares = tomli.loads(proxy.dynamic_config(found, proxy.NEWEST, None))["http"][
+        "middlewares"
+    ]
+    assert (proxy.FRONT in middlewares) == bool(trusted)
+
+
+@pytest.mark.parametrize("option", ["trusted_proxies", "proxy_protocol_from"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "localhost",
+        "hub.example.org",
+        "*",
+        "",
+        "10.0.0.0/33",
+        "[::1]",
+        "127.0.0.1:80",
+        "fe80::1%eth0",
+    ]
+    + [
+        "10.0.0.1-10.0.0.9",
+        "10.0.0.1,10.0.0.2",
+        "::ffff:127.0.0.1",
+        "010.0.0.1",
+        "http://10.0.0.1",
+    ],
+)
+def test_proxies_that_cannot_be_trusted(option: str, value: str) -> None:
+    words = re.escape(f"{option}: {value!r} is not an IP address: write addresses or networks")
+    with pytest.raises(ValueError, match=words):
+        make_settings(**{option: ["10.0.0.5", value]})
+
+
+def test_the_hub_is_told_each_address_of_a_network() -> None:
+    found = make_settings(trusted_proxies=["10.0.0.0/23", "fd00::/119"]).fronts
+    assert len(found) == len(set(found)) == 1024
+    assert {"10.0.0.0", "10.0.1.255", "fd00::", "fd00::1ff"} <= set(found)
+    with pytest.raises(ValueError, match="trusted_proxies has 1025 addresses: name those of"):
+        make_settings(trusted_proxies=["10.0.0.0/22", "::2"])
+    with pytest.raises(ValueError, match="trusted_proxies has 18446744073709551616 addresses"):
+        make_settings(trusted_proxies=["2001:db8::/64"])
+    assert make_settings(proxy_protocol_from=["2001:db8::/64"]).fronts == []
 
 
 def test_settings_stay_as_they_are_and_show_no_password() -> None:
@@ -4299,6 +4363,217 @@ c.Spawner.environment = {{"JUPYTERHUB_ACTIVITY_INTERVAL": "100000"}}
     wait_until(lambda: last() > max(before, quiet))
 
 
+# The proxy: behind another proxy ------------------------------------------------------------------
+
+HUB_NAME = "hub.example.org"
+NODES = ("127.0.0.2", "127.0.0.3")  # where the two nodes of the front connect to Traefik from
+CLIENT = "127.0.0.7"
+SPOOFED = {"X-Forwarded-For": "6.6.6.6", "X-Real-Ip": "6.6.6.7", "X-Forwarded-Proto": "http"}
+
+# What an nginx tells of the client: what the README shows, and JupyterHub's documentation.
+FORWARDED_PROTO = "proxy_set_header X-Forwarded-Proto $scheme;"
+FRONT_HEADERS = {
+    "readme": FORWARDED_PROTO,
+    "documented": "proxy_set_header X-Real-IP $remote_addr; proxy_set_header X-Scheme $scheme;",
+}
+
+# A handler of the hub that tells what it sees of a request.
+PEEK = """
+import json
+from jupyterhub.handlers import BaseHandler
+
+class Peek(BaseHandler):
+    def get(self):
+        self._set_cookie("probe", "x", encrypted=False)
+        seen = {"url": self.request.full_url(), "ip": self.request.remote_ip}
+        next_url = self.get_argument("next", "")
+        self.finish(json.dumps({**seen, "next": self._validate_next_url(next_url)}))
+
+c.JupyterHub.extra_handlers = [("/peek", Peek)]
+"""
+PEEK_PATH = f"/hub/peek?next=https%3A%2F%2F{HUB_NAME}%2Fhub%2Fhome"
+
+
+def peek(
+    port: int, path: str = PEEK_PATH, source: str = CLIENT, line: bytes = b"", **headers: str
+) -> tuple[Any, list[str]]:
+    """Ask from an address, by TLS unless headers have a Host; return JSON and Secure cookies.
+
+    ``line`` is what comes before the request.
+    """
+    raw: socket.socket = socket.create_connection(("127.0.0.1", port), 20, (source, 0))
+    raw.sendall(line)
+    if "Host" not in headers:
+        raw = ssl._create_unverified_context().wrap_socket(raw, server_hostname=HUB_NAME)
+    connection = http.client.HTTPConnection(HUB_NAME, timeout=20)
+    connection.sock = raw
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={"Host": HUB_NAME, **headers})
+        response = connection.getresponse()
+        cookies = response.headers.get_all("Set-Cookie") or []
+        secure = [cookie.partition("=")[0] for cookie in cookies if "Secure" in cookie]
+        return json.loads(response.read()), secure
+
+
+def two_nodes(hub_port: int, directory: Path, headers: str) -> tuple[str, list[int]]:
+    """Return two of the README's nginx, in its own words, and the ports on which they end TLS."""
+    cert, key = make_certificate(directory / "front", HUB_NAME)
+    text, found = readme_block("nginx", "server_name"), []
+    head, server, servers = text.partition("server {")
+    for node in NODES:
+        found.append(free_port())
+        own = {
+            "listen 80;": f"listen 127.0.0.1:{free_port()};",
+            "listen 443 ": f"listen 127.0.0.1:{found[-1]} ",
+            "/etc/ssl/hub.pem": cert,
+            "/etc/ssl/hub.key": key,
+            "127.0.0.1:8000;": f"127.0.0.1:{hub_port}; proxy_bind {node};",
+            FORWARDED_PROTO: headers,
+        }
+        head += server + functools.reduce(
+            lambda text, item: text.replace(*item), own.items(), servers
+        )
+    return head, found
+
+
+def through(hub: WholeHub, port: int) -> None:
+    """Have a hub's browser go through a port of a front from now on."""
+    hub.headers, hub.url = {"Host": HUB_NAME}, f"https://127.0.0.1:{port}"
+
+
+def log_in_by_turns(hub: WholeHub, ports: list[int]) -> int:
+    """Get the log-in form through one node and send it through the other; return the status."""
+    through(hub, ports[0])
+    login = f"{hub.base}hub/login"
+    assert hub.request(login).status == 200
+    through(hub, ports[1])
+    form = f"username=alice&password=&_xsrf={hub.cookies(login)['_xsrf']}"
+    return hub.request(login, form.encode()).status
+
+
+@pytest.mark.process
+@pytest.mark.hub
+@pytest.mark.parametrize("version", ["newest", "3.6.4", "3.4.1"])
+@pytest.mark.parametrize("front", FRONT_HEADERS)
+def test_the_hub_sees_the_browser_through_its_front(
+    whole_hub: Callable[..., WholeHub],
+    nginx: Callable[[str], Nginx],
+    backends: Backends,
+    tmp_path: Path,
+    front: str,
+    version: str,
+) -> None:
+    hub = whole_hub(f"""{PEEK}
+c.JupyterHub.trusted_downstream_ips = ["127.0.0.8"]
+c.TraefikTomlProxy.trusted_proxies = {NODES!r}
+c.TraefikTomlProxy.command = {traefik_binary(version)!r}
+c.Proxy.extra_routes = {{"/echo/": {backends("echo")!r}, "/deep/": {backends("echo") + "/x"!r}}}
+""")
+    config, node_ports = two_nodes(hub.port, tmp_path, FRONT_HEADERS[front])
+    nginx(config)
+    for port in node_ports:
+        for headers in ({}, SPOOFED):
+            seen, secure = peek(port, **headers)
+            assert seen == {
+                "url": f"https://{HUB_NAME}{PEEK_PATH}",
+                "ip": CLIENT,
+                "next": "/hub/home",
+            }
+            assert "probe" in secure
+    seen, _ = peek(port, source="127.0.0.8", **{"X-Forwarded-For": "5.5.5.5"})
+    assert seen["ip"] == "5.5.5.5", "JupyterHub.trusted_downstream_ips stays in force"
+    # Who comes past the front is who they are, whatever they say.
+    seen, secure = peek(hub.port, source="127.0.0.9", **SPOOFED, Host=HUB_NAME)
+    assert seen == {"url": f"http://{HUB_NAME}{PEEK_PATH}", "ip": "127.0.0.9", "next": ""}
+    assert secure == []
+    for path in ("/echo/x", "/deep/x"):
+        sent = peek(node_ports[0], path, **SPOOFED)[0]["headers"]
+        assert "X-Real-Ip" not in sent
+        assert sent["X-Forwarded-For"] == f"6.6.6.6, {CLIENT}, {NODES[0]}"
+        html = peek(node_ports[0], path, **SPOOFED, Accept="text/html")[0]["headers"]
+        assert "X-Real-Ip" not in html
+    assert log_in_by_turns(hub, node_ports) == 302
+
+
+@pytest.mark.process
+@pytest.mark.hub
+@pytest.mark.parametrize("front", FRONT_HEADERS)
+async def test_a_user_works_through_a_front(
+    whole_hub: Callable[..., WholeHub], nginx: Callable[[str], Nginx], tmp_path: Path, front: str
+) -> None:
+    hub = whole_hub(f"c.TraefikTomlProxy.trusted_proxies = {NODES!r}")
+    config, node_ports = two_nodes(hub.port, tmp_path, FRONT_HEADERS[front])
+    nginx(config)
+    through(hub, node_ports[0])
+    base = start_server(hub, "alice")
+    hub.headers = {}  # a websocket's Origin has to be its Host
+    kernel = await open_kernel(hub, base)
+    assert await run_in_kernel(kernel, "print(6 * 7)") == "42\n"
+    kernel.close()
+    assert re.search(r"/hub/api/oauth2/authorize.*\(alice@127\.0\.0\.1\)", hub.log())
+    assert not re.search(r"/hub/.*\(alice@127\.0\.0\.[23]\)", hub.log())
+
+
+# In a PROXY line: this client, of whom the balancer is asked for its port 443.
+PROXY_LINE = b"PROXY TCP4 198.51.100.7 203.0.113.2 50000 443\r\n"
+
+
+@pytest.mark.process
+@pytest.mark.hub
+@pytest.mark.parametrize("version", ["newest", "3.4.1"])
+@pytest.mark.parametrize("tls", ["none", "balancer"])
+def test_the_hub_sees_the_client_of_a_proxy_line(
+    whole_hub: Callable[..., WholeHub], tls: str, version: str
+) -> None:
+    hub = whole_hub(f"""{PEEK}
+c.TraefikTomlProxy.proxy_protocol_from = ["127.0.0.2/31"]
+c.TraefikTomlProxy.command = {traefik_binary(version)!r}
+{readme_block("python", "X-Forwarded-Proto") if tls == "balancer" else ""}
+""")
+    scheme, place = ("https", "/hub/home") if tls == "balancer" else ("http", "")
+    for headers in ({}, SPOOFED):
+        seen, secure = peek(hub.port, source="127.0.0.2", line=PROXY_LINE, Host=HUB_NAME, **headers)
+        url = f"{scheme}://{HUB_NAME}{PEEK_PATH}"
+        assert seen == {"url": url, "ip": "198.51.100.7", "next": place}
+        assert ("probe" in secure) == (tls == "balancer")
+    for line in (b"", PROXY_LINE):  # of others none is needed, and none is believed
+        seen, _ = peek(hub.port, source="127.0.0.9", line=line, **SPOOFED, Host=HUB_NAME)
+        assert seen["ip"] == "127.0.0.9"
+
+
+@pytest.mark.process
+async def test_balancers_may_send_their_line_to_both_ports(
+    make_proxy: ProxyFactory, backends: Backends, tmp_path: Path
+) -> None:
+    cert, _ = make_certificate(tmp_path / "hub", HUB_NAME)
+    port, http_port = free_port(), free_port()
+    options = {"redirect_http_port": http_port, "proxy_protocol_from": ["127.0.0.1"]}
+    made = make_proxy(public_url=f"https://127.0.0.1:{port}/", ssl_cert=cert, **options)
+    await made.start()
+    await made.add_route("/", backends("hub"), {})
+    seen, _ = await asyncio.to_thread(peek, port, "/", "127.0.0.1", PROXY_LINE)
+    assert seen["headers"]["X-Forwarded-For"] == "198.51.100.7"
+    assert seen["headers"]["X-Forwarded-Proto"] == "https"
+    with socket.create_connection(("127.0.0.1", http_port), 5) as raw:
+        raw.sendall(PROXY_LINE + b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 301 ")
+
+
+@pytest.mark.process
+@pytest.mark.hub
+def test_a_front_that_nobody_trusts(
+    whole_hub: Callable[..., WholeHub], nginx: Callable[[str], Nginx], tmp_path: Path
+) -> None:
+    """What happens without the option: this is why there is one."""
+    hub = whole_hub(PEEK)
+    config, node_ports = two_nodes(hub.port, tmp_path, FORWARDED_PROTO)
+    nginx(config)
+    seen, secure = peek(node_ports[0])
+    assert seen == {"url": f"http://{HUB_NAME}{PEEK_PATH}", "ip": NODES[0], "next": ""}
+    assert secure == []
+    assert log_in_by_turns(hub, node_ports) == 403
+
+
 # Command line -------------------------------------------------------------------------------------
 # The functions run in this process, on configuration files like those of users.
 
@@ -4824,6 +5099,27 @@ async def test_check_sees_that_lets_encrypt_has_given_nothing_yet(setup: Setup) 
     await setup.hub().start()
     level, text = setup.check()["certificates"]
     assert (level, "placeholder.invalid" in text) == ("warn", True)
+
+
+@pytest.mark.process
+def test_check_misses_a_trusted_front(setup: Setup) -> None:
+    words = "public_url is https, but plain HTTP is served, and no proxy in front is trusted: see"
+    setup.configure(should_start=True)
+    assert setup.check()["certificates"] == ("ok", "plain HTTP needs none")
+    setup.options["JupyterHub.public_url"] = "https://hub.example.org/"
+    setup.configure()
+    level, text = setup.check()["certificates"]
+    assert (level, words in text) == ("warn", True)
+    forwarded = {"entryPoints": {"http": {"forwardedHeaders": {"trustedIPs": ["::1"]}}}}
+    headers = {"customRequestHeaders": {"X-Forwarded-Proto": "https"}}
+    front = {"http": {"middlewares": {"jupyterhub-front": {"headers": headers}}}}
+    for options in (
+        {"trusted_proxies": ["127.0.0.1"]},
+        {"trusted_proxies": [], "extra_static_config": forwarded},
+        {"extra_static_config": {}, "extra_dynamic_config": front},
+    ):
+        setup.configure(**options)
+        assert setup.check()["certificates"] == ("ok", "plain HTTP needs none")
 
 
 PROXY_CLASS = "c.JupyterHub.proxy_class = 'traefik_toml_proxy.TraefikTomlProxy'\n"
@@ -5430,7 +5726,7 @@ def test_the_readme_knows_every_option() -> None:
     options = [
         name for name in TraefikTomlProxy.class_own_traits(config=True) if not name.startswith("_")
     ]
-    assert len(options) == 25
+    assert len(options) == 27
     assert [name for name in options if f"`{name}`" not in readme] == []
 
 

@@ -40,6 +40,7 @@ import fcntl
 import getpass
 import glob
 import hashlib
+import ipaddress
 import json
 import logging
 import os
@@ -191,6 +192,7 @@ class Style(NamedTuple):
     mark: str = ""  # what the names of tables begin with, see Settings
     transport: str = ""  # the serversTransport of targets with https, if they need one
     hosts: Sequence[str] = ()  # to which a route is limited that has none, see host_rule
+    middlewares: Sequence[str] = ()  # before those of the route
 
 
 def no_template(text: str) -> str:
@@ -310,6 +312,7 @@ def make_route(routespec: str, target: str, data: str, style: Style) -> Route:
         priority = (priority or len(rule)) + len(longest) * known
         rule = f"({' || '.join(map(host_rule, style.hosts))}) && {rule}"
     server, prefix = split_target(target)
+    middlewares = style.middlewares
     name = style.mark + route_name(routespec)
     stored = f"[{json.dumps(routespec)}, {json.dumps(target)}, {data}]".replace("\x7f", "\\u007f")
     text = f'[[http.services.{name}.loadBalancer.servers]]\nurl = "{server}"\n'
@@ -318,9 +321,10 @@ def make_route(routespec: str, target: str, data: str, style: Style) -> Route:
         text = f"[http.services.{name}.loadBalancer]\n{transport}{text}"
     if prefix:
         text += f"[http.middlewares.{name}.addPrefix]\nprefix = {toml_string(prefix)}\n"
+        middlewares = (*middlewares, name)
     text += f"[http.routers.{name}]\nrule = '{rule}'\nservice = \"{name}\"\n"
     text += f"priority = {priority}\n" if priority else ""
-    text += f'middlewares = ["{name}"]\n' if prefix else ""
+    text += f"middlewares = {toml_string(middlewares)}\n" if middlewares else ""
     return Route(no_template(stored), text, tree_key(routespec))
 
 
@@ -460,6 +464,10 @@ ALIAS_HEADERS: Version = (3, 7, 12)  # the first that knows what to do with alia
 REFUSES_CHARACTERS: Version = (3, 6, 3)  # the first that refuses the next ones unless told not to
 ENCODED = ("Slash", "BackSlash", "NullCharacter", "Semicolon", "Percent", "QuestionMark", "Hash")
 
+# Of proxies in front. The hub copies the list for each connection: these cost 30 KB and 20 us.
+MOST_FRONTS = 1024
+LOOPBACK = ("127.0.0.1", "::1")
+
 MOST_CHARACTERS = 10_000  # of a line that another program wrote, for the log
 
 LETSENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
@@ -477,6 +485,7 @@ TRANSPORT = "jupyterhub"  # the serversTransport of internal SSL
 # The parent of all routes, on a Traefik that has parents; else it matches nothing. Its status
 # tells whether the entry point of the routes exists.
 ROOT, PAGES = "jupyterhub-rest", "jupyterhub-pages"  # that is for requests that ask for HTML
+FRONT = "jupyterhub-front"  # the middleware of requests that come from a proxy in front
 # What of a visitor's request would make the hub's page for a dead server his own.
 SESSION = (
     *("Authorization", "Cookie", "Proxy-Authorization", "Range", "X-Xsrftoken"),
@@ -535,6 +544,8 @@ class Settings:
     letsencrypt_domains: Sequence[str]
     letsencrypt_ca_server: str
     letsencrypt_challenge: str
+    trusted_proxies: Sequence[str]  # addresses and networks as Traefik takes them
+    proxy_protocol_from: Sequence[str]  # the same
     extra_static_config: Table
     extra_dynamic_config: Table
     # What follows from other options and from JupyterHub
@@ -543,6 +554,7 @@ class Settings:
     rules_file: str
     trusted_users: Sequence[int]  # beside root and the hub's, to whom the two may belong
     pid_file: str
+    outside_url: str  # JupyterHub.public_url, where people go; "" if it is not set
     public_address: str  # where Traefik listens for users, such as ":8000"
     api_address: str
     opens_api: bool  # whether the dynamic configuration opens the API, for who has the password
@@ -550,6 +562,8 @@ class Settings:
     counts_requests: bool  # whether Traefik does, which tells when a route was used last
     https: bool  # whether the entry point of the routes speaks it
     redirect_port: int  # redirects plain HTTP to https; 0 for none
+    has_fronts: bool  # whether requests may come through other proxies
+    fronts: Sequence[str]  # all addresses of trusted_proxies, as JupyterHub wants them
     certificate: CertificateFiles | None  # JupyterHub.ssl_cert and ssl_key
     internal_ssl: str  # where JupyterHub.internal_ssl has its certificates; "" if it is off
     hub_url: str  # where the hub listens, with its path
@@ -617,6 +631,39 @@ def listen_address(option: str, url: str) -> str:
     if not found or not 0 < port < 65536:
         raise ValueError(f"{option} is not of the form http[s]://[host][:port]")
     return f"{found[2].strip('*')}:{port}"
+
+
+def trusted_networks(option: str, values: Iterable[str]) -> list[str]:
+    """Return addresses and networks as Traefik takes them. Raises ``ValueError`` for all else.
+
+    One loopback address stands for both: a proxy that connects to localhost uses them in turn.
+    """
+    found: list[str] = []
+    for value in values:
+        try:
+            network = ipaddress.ip_network(value.strip(), strict=False)
+            first = network.network_address
+            if "%" in value or getattr(first, "ipv4_mapped", None):  # Traefik takes these otherwise
+                raise ValueError
+        except ValueError:
+            advice = "write addresses or networks, such as 10.0.0.5 or 10.0.0.0/24, and no names"
+            raise ValueError(f"{option}: {value!r} is not an IP address: {advice}") from None
+        found.append(str(first if network.num_addresses == 1 else network))
+    both = LOOPBACK if {*LOOPBACK} & {*found} else ()
+    return list(dict.fromkeys([*found, *both]))
+
+
+def all_addresses(networks: Iterable[str]) -> list[str]:
+    """Return all addresses in trusted_proxies, for the hub knows no networks.
+
+    Raises ``ValueError`` if they are too many.
+    """
+    parsed = [ipaddress.ip_network(network) for network in networks]
+    number = sum(network.num_addresses for network in parsed)
+    if number > MOST_FRONTS:
+        advice = f"name those of your proxies, {MOST_FRONTS} at most, or see proxy_protocol_from"
+        raise ValueError(f"trusted_proxies has {number} addresses: {advice}")
+    return [str(address) for network in parsed for address in network]
 
 
 def parse_version(release: str, whose: str) -> Version:
@@ -732,14 +779,26 @@ def entry_points(settings: Settings, version: Version) -> str:
         allowed = {f"allowEncoded{char}": True for char in ENCODED}
         text += "\n# 3.6.3 to 3.6.6 refuse, say, a user called a/b or a file called 50%."
         text += toml_table(f"{public}.http.encodedCharacters", **allowed)
+    text += trusted_by(public, settings)
     if settings.redirect_port:
         redirect, host = "entryPoints.redirect", settings.public_address.rpartition(":")[0]
         text += "\n# Plain HTTP is redirected."
         text += toml_table(redirect, address=f"{host}:{settings.redirect_port}")
+        text += trusted_by(redirect, settings)
         if headers:
             text += toml_table(f"{redirect}.http", **headers)
         aim = {"to": settings.traefik_entrypoint, "scheme": "https"}
         text += toml_table(f"{redirect}.http.redirections.entryPoint", **aim)
+    return text
+
+
+def trusted_by(entry_point: str, settings: Settings) -> str:
+    """Return whom an entry point believes who the client is, as static TOML."""
+    text, by_headers, by_line = "", settings.trusted_proxies, settings.proxy_protocol_from
+    for kind, trusted in (("forwardedHeaders", by_headers), ("proxyProtocol", by_line)):
+        if trusted:  # an empty list would be an error
+            text += "\n# Other proxies in front, which say who the client is."
+            text += toml_table(f"{entry_point}.{kind}", trustedIPs=trusted)
     return text
 
 
@@ -816,17 +875,22 @@ def roots(settings: Settings, version: Version) -> str:
     """
     hub, public = f"{settings.mark}jupyterhub", {"entryPoints": [settings.traefik_entrypoint]}
     names, base = root_names(settings, version), settings.base_path
+    text, front = "", [settings.mark + FRONT][: settings.has_fronts]
+    if front:  # Traefik says that the client is the front, and the hub believes this header first
+        headers = f"http.middlewares.{front[0]}.headers.customRequestHeaders"
+        text += toml_table(headers, **{"X-Real-Ip": ""})
     if not names:
-        return toml_table(f"http.routers.{settings.mark}{ROOT}", **NOTHING, **public)
+        return text + toml_table(f"http.routers.{settings.mark}{ROOT}", **NOTHING, **public)
     below = route_rule(base, partly_encoded=True)[0]
     asks = " && (Method(`GET`) || Method(`HEAD`)) && HeaderRegexp(`Accept`, `text/html`)"
-    text = toml_table(f"http.routers.{hub}-none", **NOTHING, parentRefs=list(names))
+    text += toml_table(f"http.routers.{hub}-none", **NOTHING, parentRefs=list(names))
     for name, host in names.items():
         rule = f"{host_rule(host)} && {below}" if host else below
         known = f"Host(`{host}`) && " if host and host[0] != "*" else ""
         page = name.startswith(f"{settings.mark}{PAGES}")
         weight = len(f"{known}PathPrefix(`{base}`)")
-        own: Table = {"middlewares": [f"{hub}-errors"]} if page else {}
+        middlewares = front + [f"{hub}-errors"] * page
+        own: Table = {"middlewares": middlewares} if middlewares else {}
         own |= {"rule": rule + asks * page, "priority": weight if page else weight - 1}
         text += toml_table(f"http.routers.{name}", **own, **public)
     return text + (error_page(settings) if version >= SERVICE_MIDDLEWARES else "")
@@ -1164,7 +1228,9 @@ class RulesFile:
         transport = mark + TRANSPORT if self._settings.internal_ssl else ""
         in_tree = self._in_tree(routespec)
         hosts = () if in_tree else self._settings.hosts
-        route = make_route(routespec, target, data, Style(partly_encoded, mark, transport, hosts))
+        front = [mark + FRONT] if self._settings.has_fronts and not in_tree else []
+        style = Style(partly_encoded, mark, transport, hosts, front)
+        route = make_route(routespec, target, data, style)
         return route if in_tree else Route(route.stored, route.tables, None)
 
     def _in_tree(self, routespec: str) -> bool:
@@ -2371,6 +2437,11 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
       redirect_http_port.
     - redirect_http_port: Port, such as 80, that redirects plain HTTP to https. Default: none, or 80
       where letsencrypt_challenge is http.
+    - trusted_proxies: Addresses and networks of other proxies in front, such as an nginx that ends
+      TLS: who comes from there is whom X-Forwarded-For and X-Forwarded-Proto tell of, at Traefik
+      and, added to JupyterHub.trusted_downstream_ips, at the hub.
+    - proxy_protocol_from: Addresses and networks of balancers in front that tell the client's
+      address in a PROXY line (HAProxy's send-proxy).
     - track_last_activity: Whether the hub learns from Traefik when each server was used last.
       Without effect where should_start is False.
     - extra_static_config: Tables merged over the static configuration, as nested dictionaries.
@@ -2399,6 +2470,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     letsencrypt_ca_server = Unicode(LETSENCRYPT)
     letsencrypt_challenge = CaselessStrEnum(("tls", "http"), "tls")
     redirect_http_port = Integer()
+    trusted_proxies = List(Unicode())
+    proxy_protocol_from = List(Unicode())
     track_last_activity = Bool(True)
     extra_static_config = Dict()
     extra_dynamic_config = Dict(Dict())
@@ -2429,6 +2502,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         cert, key = map(os.path.abspath, (self.ssl_cert, self.ssl_key or self.ssl_cert))
         by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
         values = {name: getattr(self, name) for name in names}
+        for option in ("trusted_proxies", "proxy_protocol_from"):
+            values[option] = trusted_networks(option, values[option])
         if not self.traefik_api_hashed_password:
             values["traefik_api_hashed_password"] = apr1_hash(self.traefik_api_password)
         made_up = self.should_start and not self.traefik_api_password
@@ -2440,12 +2515,15 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             rules_file=rules_file,
             trusted_users=trusted,
             pid_file=os.path.abspath(self.traefik_pid_file or pid_file),
+            outside_url=app.public_url,
             public_address=listen_address("JupyterHub.bind_url", self.public_url),
             api_address=listen_address("traefik_api_url", self.traefik_api_url),
             opens_api=self.should_start or self.enable_setup_dynamic_config,
             counts_requests=self.should_start and self.track_last_activity,
             https=self._https or self.traefik_entrypoint == "https",
             redirect_port=self.redirect_http_port or (80 if by_http else 0),
+            has_fronts=bool(self.trusted_proxies or self.proxy_protocol_from),
+            fronts=all_addresses(values["trusted_proxies"]),
             certificate=(cert, key) if self.ssl_cert else None,
             internal_ssl=os.path.abspath(app.internal_certs_location) if app.internal_ssl else "",
             hub_url=self.hub.url,
@@ -2539,6 +2617,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         except asyncio.CancelledError:
             await self._finish(self._stop)  # what was done at the last moment
             raise
+        # JupyterHub reads these when it has got the routes for the first time.
+        known = [*self.app.trusted_downstream_ips, *control.settings.fronts]
+        self.app.trusted_downstream_ips = list(dict.fromkeys(known))
         if self.ssl_cert and not self._renewal:
             self._renewal = asyncio.ensure_future(self._renew(control))
         return control
@@ -2863,6 +2944,11 @@ class Check:
             stand_in = re.search(r"\.traefik\.default|placeholder\.invalid", names)
             if stand_in or (settings.letsencrypt_domains and not known):
                 doubts.append(f"that is none for {name}: Traefik has read no other, see its log")
+        told = "forwardedHeaders" in static_config(settings, self.version)
+        told = told or "X-Forwarded-Proto" in str(settings.extra_dynamic_config)
+        if settings.outside_url.startswith("https:") and not (settings.https or told):
+            text = "JupyterHub.public_url is https, but plain HTTP is served, and no proxy in front"
+            doubts.append(f"{text} is trusted: see trusted_proxies")
         if least < 14:
             doubts.append("renew the certificate")
         level = "FAIL" if least < 0 else "warn" if doubts else "ok"
