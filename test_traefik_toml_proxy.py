@@ -3900,6 +3900,36 @@ async def test_a_redirect_to_https(
         socket.create_connection(("127.0.0.2", http_port), 5)
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("version", ["newest", "3.0.4"])
+@pytest.mark.parametrize(
+    ("seen", "to_port", "place"),
+    [
+        ("https://localhost/", 0, "localhost"),  # on 443, as behind a mapped port
+        ("https://hub.example.org:8443/", 0, "localhost:8443"),
+        ("http://hub.example.org/", 0, "localhost:PORT"),
+        ("", 443, "localhost"),
+        ("https://localhost/", 444, "localhost:444"),
+    ],
+)
+async def test_a_redirect_goes_where_people_see_https(
+    make_proxy: ProxyFactory, tmp_path: Path, seen: str, to_port: int, place: str, version: str
+) -> None:
+    cert, _ = make_certificate(tmp_path / "hub", "localhost")
+    port, http_port = free_port(), free_port()
+    made = make_proxy(
+        app=stand_in_app(public_url=seen),
+        public_url=f"https://127.0.0.1:{port}/",
+        ssl_cert=cert,
+        redirect_http_port=http_port,
+        redirect_to_port=to_port,
+        command=[traefik_binary(version)],
+    )
+    await made.start()
+    url = f"https://{place.replace('PORT', str(port))}/hub/?a=b"
+    assert await redirected(http_port, "/hub/?a=b", Host=f"localhost:{http_port}") == (301, url)
+
+
 # The proxy: a Traefik that somebody else starts ---------------------------------------------------
 
 

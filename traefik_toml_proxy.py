@@ -544,6 +544,7 @@ class Settings:
     letsencrypt_domains: Sequence[str]
     letsencrypt_ca_server: str
     letsencrypt_challenge: str
+    redirect_to_port: int
     trusted_proxies: Sequence[str]  # addresses and networks as Traefik takes them
     proxy_protocol_from: Sequence[str]  # the same
     extra_static_config: Table
@@ -780,16 +781,24 @@ def entry_points(settings: Settings, version: Version) -> str:
         text += "\n# 3.6.3 to 3.6.6 refuse, say, a user called a/b or a file called 50%."
         text += toml_table(f"{public}.http.encodedCharacters", **allowed)
     text += trusted_by(public, settings)
-    if settings.redirect_port:
-        redirect, host = "entryPoints.redirect", settings.public_address.rpartition(":")[0]
-        text += "\n# Plain HTTP is redirected."
-        text += toml_table(redirect, address=f"{host}:{settings.redirect_port}")
-        text += trusted_by(redirect, settings)
-        if headers:
-            text += toml_table(f"{redirect}.http", **headers)
-        aim = {"to": settings.traefik_entrypoint, "scheme": "https"}
-        text += toml_table(f"{redirect}.http.redirections.entryPoint", **aim)
-    return text
+    return text + (redirect_entry_point(settings, headers) if settings.redirect_port else "")
+
+
+def redirect_entry_point(settings: Settings, headers: Table) -> str:
+    """Return the entry point of plain HTTP, which leads to where people see https, as static TOML.
+
+    ``headers`` are its settings of headers.
+    """
+    redirect, host = "entryPoints.redirect", settings.public_address.rpartition(":")[0]
+    text = "\n# Plain HTTP is redirected."
+    text += toml_table(redirect, address=f"{host}:{settings.redirect_port}")
+    text += trusted_by(redirect, settings)
+    if headers:
+        text += toml_table(f"{redirect}.http", **headers)
+    inside, outside = f"https://{settings.public_address}", settings.outside_url
+    mapped = urlsplit(outside if outside.startswith("https:") else inside).port or 443
+    aim = {"to": f":{settings.redirect_to_port or mapped}", "scheme": "https"}
+    return text + toml_table(f"{redirect}.http.redirections.entryPoint", **aim)
 
 
 def trusted_by(entry_point: str, settings: Settings) -> str:
@@ -2437,6 +2446,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
       redirect_http_port.
     - redirect_http_port: Port, such as 80, that redirects plain HTTP to https. Default: none, or 80
       where letsencrypt_challenge is http.
+    - redirect_to_port: Port that people see of https, where another one is mapped to Traefik's.
+      Default: that of JupyterHub.public_url, else that of JupyterHub.bind_url.
     - trusted_proxies: Addresses and networks of other proxies in front, such as an nginx that ends
       TLS: who comes from there is whom X-Forwarded-For and X-Forwarded-Proto tell of, at Traefik
       and, added to JupyterHub.trusted_downstream_ips, at the hub.
@@ -2470,6 +2481,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     letsencrypt_ca_server = Unicode(LETSENCRYPT)
     letsencrypt_challenge = CaselessStrEnum(("tls", "http"), "tls")
     redirect_http_port = Integer()
+    redirect_to_port = Integer()
     trusted_proxies = List(Unicode())
     proxy_protocol_from = List(Unicode())
     track_last_activity = Bool(True)
