@@ -1097,7 +1097,7 @@ async def test_where_an_external_file_is_looked_for(
             log=logging.getLogger("where"),
             traefik_api_url=f"http://127.0.0.1:{free_port()}",
             traefik_api_password="x",
-            check_route_timeout=0.05,
+            start_timeout=0.05,
             public_url="http://127.0.0.1:8000",
         )
         caplog.clear()
@@ -2791,22 +2791,24 @@ async def test_an_entry_point_that_does_not_exist(make_proxy: ProxyFactory) -> N
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("answer", "words"),
+    ("answer", "option", "words"),
     [
         (
             b"HTTP/1.1 401 No\r\n\r\n",
+            "check_route",
             "status 401: set traefik_api_username and traefik_api_password",
         ),
-        (b"HTTP/1.1 200 OK\r\n\r\n[]", "not as Traefik's API does"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[]", "start", "not as Traefik's API does"),
         (
             b'HTTP/1.1 200 OK\r\n\r\n{"rule": "old", "status": "enabled"}',
+            "check_route",
             "shows an older version of the file: it cannot read this one",
         ),
-        (None, "timed out"),
+        (None, "start", "timed out"),
     ],
 )
 async def test_a_traefik_that_does_not_follow(
-    make_proxy: ProxyFactory, answer: bytes | None, words: str
+    make_proxy: ProxyFactory, answer: bytes | None, option: str, words: str
 ) -> None:
     with answering(answer) as (url, _):
         made = make_proxy(
@@ -2814,10 +2816,9 @@ async def test_a_traefik_that_does_not_follow(
             traefik_api_url=url,
             traefik_api_password="x",
             check_route_timeout=0.3,
+            start_timeout=0.3,
         )
-        with pytest.raises(
-            TimeoutError, match=f"within 0.3 s .check_route_timeout.: {url}.*{words}"
-        ):
+        with pytest.raises(TimeoutError, match=f"within 0.3 s .{option}_timeout.: {url}.*{words}"):
             await made.get_all_routes()
     assert files_of(made)[1].exists(), "Traefik will load it when it can"
 
@@ -2873,7 +2874,7 @@ async def test_what_is_wrong_with_an_external_traefik(
         subprocess.Popen([installed_traefik(), "--configfile", str(static_file)])
     )
     wait_until(lambda: proxy.port_holder(port_of(made)))
-    made.check_route_timeout = 1
+    made.check_route_timeout = made.start_timeout = 1
     with pytest.raises(TimeoutError, match=f"{made.traefik_api_url}.*{words}") as raised:
         await made.get_all_routes()
     assert len(str(raised.value).splitlines()) == 1
@@ -3975,6 +3976,48 @@ async def test_an_api_that_the_administrator_opens(
 
 
 @pytest.mark.process
+async def test_a_traefik_that_comes_up_late_is_waited_for(
+    make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_proxy.external(check_route_timeout=1)  # for a Traefik that answers
+    early = make_proxy.processes.pop()
+    early.kill()
+    early.wait()
+    adding = asyncio.ensure_future(made.add_route("/user/a/", backends("a"), {}))
+    while "Waiting for Traefik" not in caplog.text:
+        await asyncio.sleep(0.01)
+    url = made.traefik_api_url
+    assert f"Waiting for Traefik at {url}, for 300 s at most: {url} cannot be re" in caplog.text
+    await asyncio.sleep(1.5)
+    assert not adding.done()
+    static = str(make_proxy.directory / "admin-static" / "traefik.toml")
+    make_proxy.start_traefik(static, installed_traefik())
+    await adding
+    assert who(port_of(made), "/user/a/") == "a"
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages.count(f"Traefik answers at {url}") == 1
+    assert len([text for text in messages if "Waiting for" in text]) == 1
+
+
+@pytest.mark.process
+async def test_waiting_for_a_traefik_has_an_end(
+    make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_proxy(should_start=False, traefik_api_password="x", start_timeout=0.3)
+    words = r"not answer within 0.3 s \(start_timeout\): http.* cannot be reached .*: start Traefik"
+    with pytest.raises(TimeoutError, match=words):
+        await made.get_all_routes()
+    made.start_timeout = 300
+    asking = asyncio.ensure_future(made.get_all_routes())
+    await asyncio.sleep(0.2)
+    began = time.monotonic()
+    await made.stop()
+    with pytest.raises(RuntimeError, match="the proxy was stopped before"):
+        await asking
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("version", ["3.0.4", "3.6.4"])
 async def test_an_external_traefik_of_another_version(
     make_proxy: ProxyFactory, backends: Backends, version: str
@@ -4809,7 +4852,7 @@ TRAEFIK_1_WORDS = (
 async def test_a_static_file_of_traefik_1_is_recognised(
     setup: Setup, should_start: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    setup.configure(should_start=should_start, check_route_timeout=0.1)
+    setup.configure(should_start=should_start, check_route_timeout=0.1, start_timeout=0)
     setup.static.write_text(traefik_1_and_3()[0])
     level, text = setup.check(fails=True)["static"]
     assert level == "FAIL"
@@ -5756,7 +5799,7 @@ def test_the_readme_knows_every_option() -> None:
     options = [
         name for name in TraefikTomlProxy.class_own_traits(config=True) if not name.startswith("_")
     ]
-    assert len(options) == 27
+    assert len(options) == 28
     assert [name for name in options if f"`{name}`" not in readme] == []
 
 

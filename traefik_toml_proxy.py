@@ -539,6 +539,7 @@ class Settings:
     traefik_env: Mapping[str, str]
     traefik_log_level: str
     check_route_timeout: float
+    start_timeout: float
     traefik_providers_throttle_duration: str
     letsencrypt_email: str
     letsencrypt_domains: Sequence[str]
@@ -2053,6 +2054,35 @@ class Confirmation:
             self._process.admit()
         self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
 
+    def wait_for_answer(
+        self, closing: threading.Event, patience: float, tell: Callable[..., object]
+    ) -> None:
+        """Return when Traefik's API answers, whatever it says; ``tell`` if it does not at once.
+
+        Raises as ``wait``, after some seconds.
+        """
+        began, told, url = time.monotonic(), False, self._api.url
+        while problem := self._silence():
+            elapsed = time.monotonic() - began
+            if elapsed > patience:
+                why = diagnose(problem, self._rules.path, self._api)
+                text = f"Traefik did not answer within {patience:g} s (start_timeout): {why}"
+                raise TimeoutError(text)
+            if not told:
+                tell("Waiting for Traefik at %s, for %g s at most: %s", url, patience, problem)
+            told = True
+            self._pause(closing, elapsed, restarts=True)
+        if told:
+            tell("Traefik answers at %s", url)
+
+    def _silence(self) -> APIError | None:
+        """Return why there is no answer of an API of Traefik's, if there is none."""
+        try:
+            self._api.get("/api/version", 1)
+        except APIError as error:
+            return None if error.status else error
+        return None
+
     def _pause(self, closing: threading.Event, elapsed: float, restarts: bool) -> None:
         """Let some time pass before the next question. Raises ``RuntimeError``.
 
@@ -2289,6 +2319,8 @@ class TraefikControl:
         self.rules = RulesFile(self.settings, version, self._validate, self._log)
         self.confirmation = Confirmation(self.settings, self.rules, self.api, None)
         self.rules.write(self.rules.routes)
+        patience = self.settings.start_timeout
+        self.confirmation.wait_for_answer(self._closing, patience, self._log.warning)
         self.confirmation.wait(self._closing)
 
     def _look_at_places(self) -> None:
@@ -2436,6 +2468,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
       with Go's own 100, changes of routes take a fifth longer.
     - traefik_log_level: Level of Traefik's own log, such as DEBUG. The hub's log shows it.
     - check_route_timeout: Seconds to wait until Traefik serves a change, before it has failed.
+    - start_timeout: Seconds to wait at the hub's start until a Traefik that somebody else starts
+      answers, where should_start is False.
     - traefik_providers_throttle_duration: Pause between two reloads of Traefik, such as 100ms. Its
       own default, 2s, delays each second change.
     - letsencrypt_email: Your e-mail address, which letsencrypt_domains need.
@@ -2475,6 +2509,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     traefik_env = Dict(Unicode())
     traefik_log_level = Unicode("ERROR")
     check_route_timeout = Float(30)
+    start_timeout = Float(300)
     traefik_providers_throttle_duration = Unicode("0s")
     letsencrypt_email = Unicode()
     letsencrypt_domains = List(Unicode())
