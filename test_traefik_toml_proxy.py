@@ -818,6 +818,21 @@ async def test_the_defaults_that_hurt_jupyter_are_changed(make_proxy: ProxyFacto
     assert static["global"] == {"checkNewVersion": False, "sendAnonymousUsage": False}
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["web", "https", "HTTP"])
+@pytest.mark.parametrize("key", ["entryPoints", "entrypoints"])
+async def test_an_entry_point_without_an_address_is_refused(
+    make_proxy: ProxyFactory, name: str, key: str
+) -> None:
+    extra = {key: {name: {"http": {"maxHeaderBytes": 100000}}}}
+    words = f"extra_static_config has no address for the entry point {name}. Those that exist are "
+    with pytest.raises(ValueError, match=f"{words}auth_api, http"):
+        await make_proxy(extra_static_config=extra).start()
+    assert os.listdir(make_proxy.directory) == []
+    extra[key][name]["address"] = f"127.0.0.1:{free_port()}"
+    await make_proxy(extra_static_config=extra).start()
+
+
 def test_nothing_of_traefik_3_is_taken_for_traefik_1() -> None:
     config = {
         "api": {"dashboard": True, "insecure": True},
@@ -2791,24 +2806,22 @@ async def test_an_entry_point_that_does_not_exist(make_proxy: ProxyFactory) -> N
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("answer", "option", "words"),
+    ("answer", "words"),
     [
         (
             b"HTTP/1.1 401 No\r\n\r\n",
-            "check_route",
             "status 401: set traefik_api_username and traefik_api_password",
         ),
-        (b"HTTP/1.1 200 OK\r\n\r\n[]", "start", "not as Traefik's API does"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[]", "not as Traefik's API does"),
         (
             b'HTTP/1.1 200 OK\r\n\r\n{"rule": "old", "status": "enabled"}',
-            "check_route",
             "shows an older version of the file: it cannot read this one",
         ),
-        (None, "start", "timed out"),
+        (None, "timed out"),
     ],
 )
 async def test_a_traefik_that_does_not_follow(
-    make_proxy: ProxyFactory, answer: bytes | None, option: str, words: str
+    make_proxy: ProxyFactory, answer: bytes | None, words: str
 ) -> None:
     with answering(answer) as (url, _):
         made = make_proxy(
@@ -2818,7 +2831,9 @@ async def test_a_traefik_that_does_not_follow(
             check_route_timeout=0.3,
             start_timeout=0.3,
         )
-        with pytest.raises(TimeoutError, match=f"within 0.3 s .{option}_timeout.: {url}.*{words}"):
+        with pytest.raises(
+            TimeoutError, match=f"within 0.3 s .check_route_timeout.: {url}.*{words}"
+        ):
             await made.get_all_routes()
     assert files_of(made)[1].exists(), "Traefik will load it when it can"
 
@@ -3987,7 +4002,8 @@ async def test_a_traefik_that_comes_up_late_is_waited_for(
     while "Waiting for Traefik" not in caplog.text:
         await asyncio.sleep(0.01)
     url = made.traefik_api_url
-    assert f"Waiting for Traefik at {url}, for 300 s at most: {url} cannot be re" in caplog.text
+    waiting = "Waiting for Traefik, for 300 s at most (start_timeout): "
+    assert f"{waiting}{url} cannot be reached ([Errno 111] Conn" in caplog.text
     await asyncio.sleep(1.5)
     assert not adding.done()
     static = str(make_proxy.directory / "admin-static" / "traefik.toml")
@@ -4004,9 +4020,11 @@ async def test_waiting_for_a_traefik_has_an_end(
     make_proxy: ProxyFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = make_proxy(should_start=False, traefik_api_password="x", start_timeout=0.3)
-    words = r"not answer within 0.3 s \(start_timeout\): http.* cannot be reached .*: start Traefik"
-    with pytest.raises(TimeoutError, match=words):
+    made.check_route_timeout = 0.1
+    with pytest.raises(TimeoutError, match=r"http.* cannot be reached .*: start Traefik, or set"):
         await made.get_all_routes()
+    assert "Waiting for Traefik, for 0.3 s at most" in caplog.text
+    assert "Traefik answers" not in caplog.text
     made.start_timeout = 300
     asking = asyncio.ensure_future(made.get_all_routes())
     await asyncio.sleep(0.2)
@@ -4904,6 +4922,12 @@ def test_traefik_takes_the_newer_of_the_two_static_files(setup: Setup) -> None:
         (
             lambda s: s.replace("watch = true", "watch = false"),
             ("warn", r"without providers\.file\.watch = true, but False$"),
+        ),
+        (
+            lambda s: (
+                s + '[entryPoints.web.http]\nmaxHeaderBytes = 1\n[entryPoints.a]\naddress = ":1"'
+            ),
+            ("warn", r"is without entryPoints\.web\.address: a random port$"),
         ),
         (lambda s: s.replace("watch = true", "").replace("entryPoints", "entrypoints"), ("ok", "")),
         (lambda s: s.replace('graceTimeOut = "0s"', "graceTimeOut = 0"), ("ok", "fits")),

@@ -644,25 +644,20 @@ def trusted_networks(option: str, values: Iterable[str]) -> list[str]:
     for value in values:
         try:
             network = ipaddress.ip_network(value.strip(), strict=False)
-            first = network.network_address
-            if "%" in value or getattr(first, "ipv4_mapped", None):  # Traefik takes these otherwise
+            if "%" in value or getattr(network[0], "ipv4_mapped", None):  # not Traefik's form
                 raise ValueError
         except ValueError:
             advice = "write addresses or networks, such as 10.0.0.5 or 10.0.0.0/24, and no names"
             raise ValueError(f"{option}: {value!r} is not an IP address: {advice}") from None
-        found.append(str(first if network.num_addresses == 1 else network))
+        found.append(str(network[0] if network.num_addresses == 1 else network))
     both = LOOPBACK if {*LOOPBACK} & {*found} else ()
     return list(dict.fromkeys([*found, *both]))
 
 
 def all_addresses(networks: Iterable[str]) -> list[str]:
-    """Return all addresses in trusted_proxies, for the hub knows no networks.
-
-    Raises ``ValueError`` if they are too many.
-    """
+    """Return all addresses in trusted_proxies, for the hub knows no networks."""
     parsed = [ipaddress.ip_network(network) for network in networks]
-    number = sum(network.num_addresses for network in parsed)
-    if number > MOST_FRONTS:
+    if (number := sum(network.num_addresses for network in parsed)) > MOST_FRONTS:
         advice = f"name those of your proxies, {MOST_FRONTS} at most, or see proxy_protocol_from"
         raise ValueError(f"trusted_proxies has {number} addresses: {advice}")
     return [str(address) for network in parsed for address in network]
@@ -714,6 +709,17 @@ def traefik_1(config: Mapping[str, Any]) -> str:
     return "; ".join(f"{name}: now {instead}" for name, instead in found.items())
 
 
+def without_address(config: Mapping[str, Any]) -> list[str]:
+    """Name entry points without an address, which Traefik opens on a random port for everybody."""
+    return [
+        name
+        for top, points in config.items()
+        if top.lower() == "entrypoints" and isinstance(points, Mapping)
+        for name, point in points.items()
+        if isinstance(point, Mapping) and "address" not in map(str.lower, point)
+    ]
+
+
 def static_config(settings: Settings, version: Version) -> str:
     """Return the static configuration for a version of Traefik, as TOML.
 
@@ -748,7 +754,11 @@ def static_config(settings: Settings, version: Version) -> str:
         text += "Each bucket takes a line per service."
         metrics = {"manualRouting": True, "addEntryPointsLabels": False, "buckets": [60.0]}
         text += toml_table("metrics.prometheus", **metrics)
+    known = ", ".join(tomli.loads(text)["entryPoints"])
     text = with_extra(text, settings.extra_static_config, "extra_static_config")
+    if lost := without_address(tomli.loads(text)):
+        error = f"has no address for the entry point {lost[0]}. Those that exist are {known}"
+        raise ValueError(f"extra_static_config {error}")
     return f"{WRITTEN_BY}\n{text}"
 
 
@@ -786,10 +796,7 @@ def entry_points(settings: Settings, version: Version) -> str:
 
 
 def redirect_entry_point(settings: Settings, headers: Table) -> str:
-    """Return the entry point of plain HTTP, which leads to where people see https, as static TOML.
-
-    ``headers`` are its settings of headers.
-    """
+    """Return the entry point of plain HTTP, which leads to where people see https."""
     redirect, host = "entryPoints.redirect", settings.public_address.rpartition(":")[0]
     text = "\n# Plain HTTP is redirected."
     text += toml_table(redirect, address=f"{host}:{settings.redirect_port}")
@@ -803,7 +810,7 @@ def redirect_entry_point(settings: Settings, headers: Table) -> str:
 
 
 def trusted_by(entry_point: str, settings: Settings) -> str:
-    """Return whom an entry point believes who the client is, as static TOML."""
+    """Return whom an entry point believes who the client is."""
     text, by_headers, by_line = "", settings.trusted_proxies, settings.proxy_protocol_from
     for kind, trusted in (("forwardedHeaders", by_headers), ("proxyProtocol", by_line)):
         if trusted:  # an empty list would be an error
@@ -2057,26 +2064,18 @@ class Confirmation:
     def wait_for_answer(
         self, closing: threading.Event, patience: float, tell: Callable[..., object]
     ) -> None:
-        """Return when Traefik's API answers, whatever it says; ``tell`` if it does not at once.
-
-        Raises as ``wait``, after some seconds.
-        """
-        began, told, url = time.monotonic(), False, self._api.url
-        while problem := self._silence():
-            elapsed = time.monotonic() - began
-            if elapsed > patience:
-                why = diagnose(problem, self._rules.path, self._api)
-                text = f"Traefik did not answer within {patience:g} s (start_timeout): {why}"
-                raise TimeoutError(text)
+        """Wait some seconds for an answer of Traefik's API; ``tell`` if it is not there at once."""
+        began, told = time.monotonic(), False
+        while (problem := self._silence()) and (elapsed := time.monotonic() - began) < patience:
             if not told:
-                tell("Waiting for Traefik at %s, for %g s at most: %s", url, patience, problem)
+                tell("Waiting for Traefik, for %g s at most (start_timeout): %s", patience, problem)
             told = True
             self._pause(closing, elapsed, restarts=True)
-        if told:
-            tell("Traefik answers at %s", url)
+        if told and not problem:
+            tell("Traefik answers at %s", self._api.url)
 
     def _silence(self) -> APIError | None:
-        """Return why there is no answer of an API of Traefik's, if there is none."""
+        """Return why Traefik's API gives no answer; None if it gives one, whatever it says."""
         try:
             self._api.get("/api/version", 1)
         except APIError as error:
@@ -2483,10 +2482,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     - redirect_to_port: Port that people see of https, where another one is mapped to Traefik's.
       Default: that of JupyterHub.public_url, else that of JupyterHub.bind_url.
     - trusted_proxies: Addresses and networks of other proxies in front, such as an nginx that ends
-      TLS: who comes from there is whom X-Forwarded-For and X-Forwarded-Proto tell of, at Traefik
-      and, added to JupyterHub.trusted_downstream_ips, at the hub.
-    - proxy_protocol_from: Addresses and networks of balancers in front that tell the client's
-      address in a PROXY line (HAProxy's send-proxy).
+      TLS, whose X-Forwarded-For and X-Forwarded-Proto Traefik and the hub are to believe.
+    - proxy_protocol_from: The same of balancers that tell the client's address in a PROXY line.
     - track_last_activity: Whether the hub learns from Traefik when each server was used last.
       Without effect where should_start is False.
     - extra_static_config: Tables merged over the static configuration, as nested dictionaries.
@@ -2814,7 +2811,8 @@ class Check:
             if settings.should_start:
                 return "ok", f"{path} is written when the hub starts"
             return "warn", f"no {path}: set {STATIC} to Traefik's own, to have it checked"
-        config = flatten(read_static(settings))
+        whole = read_static(settings)
+        config = flatten(whole)
         found = {"providers.file.watch": True}
         found |= {key.lower(): value for key, value in config.items()}
         faults = self._missing_tables("\n".join(config))
@@ -2832,6 +2830,7 @@ class Check:
         odd = self._differences(found)
         if wrong:
             odd.insert(0, provider)
+        odd += [f"entryPoints.{name}.address: a random port" for name in without_address(whole)]
         return ("warn", f"{path} is without {'; '.join(odd)}") if odd else ("ok", f"{path} fits")
 
     def _missing_tables(self, keys: str) -> list[str]:
@@ -2991,8 +2990,8 @@ class Check:
             stand_in = re.search(r"\.traefik\.default|placeholder\.invalid", names)
             if stand_in or (settings.letsencrypt_domains and not known):
                 doubts.append(f"that is none for {name}: Traefik has read no other, see its log")
-        told = "forwardedHeaders" in static_config(settings, self.version)
-        told = told or "X-Forwarded-Proto" in str(settings.extra_dynamic_config)
+        files = static_config(settings, self.version) + str(settings.extra_dynamic_config)
+        told = re.search("forwardedHeaders|X-Forwarded-Proto", files)
         if settings.outside_url.startswith("https:") and not (settings.https or told):
             text = "JupyterHub.public_url is https, but plain HTTP is served, and no proxy in front"
             doubts.append(f"{text} is trusted: see trusted_proxies")
