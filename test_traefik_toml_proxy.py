@@ -3292,7 +3292,7 @@ def test_options_are_options_where_python_drops_docstrings() -> None:
     code = "from traefik_toml_proxy import TraefikTomlProxy as kind\n"
     code += "print(len(kind.class_own_traits(config=True)))"
     command = [sys.executable, "-OO", "-c", code]
-    assert subprocess.check_output(command, cwd=HERE, text=True) == "25\n"
+    assert subprocess.check_output(command, cwd=HERE, text=True) == "29\n"
 
 
 # The proxy: requests ------------------------------------------------------------------------------
@@ -5823,7 +5823,7 @@ def test_the_readme_knows_every_option() -> None:
     options = [
         name for name in TraefikTomlProxy.class_own_traits(config=True) if not name.startswith("_")
     ]
-    assert len(options) == 28
+    assert len(options) == 29
     assert [name for name in options if f"`{name}`" not in readme] == []
 
 
