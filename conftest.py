@@ -266,7 +266,7 @@ def stand_in_app(**settings: Any) -> SimpleNamespace:
     """Return what a proxy needs of JupyterHub when no whole hub runs."""
     hub = SimpleNamespace(routespec="/", host="http://127.0.0.1:1", url="http://127.0.0.1:1/hub/")
     app = SimpleNamespace(subdomain_host="", public_url="", internal_ssl=False, hub=hub)
-    app.trusted_downstream_ips = []
+    app.trusted_downstream_ips, app.tornado_settings = [], {}
     vars(app).update(settings)
     return app
 

@@ -4000,6 +4000,7 @@ async def test_a_traefik_that_comes_up_late_is_waited_for(
     early.wait()
     adding = asyncio.ensure_future(made.add_route("/user/a/", backends("a"), {}))
     while "Waiting for Traefik" not in caplog.text:
+        assert not adding.done(), await adding
         await asyncio.sleep(0.01)
     url = made.traefik_api_url
     waiting = "Waiting for Traefik, for 300 s at most (start_timeout): "
@@ -4539,7 +4540,7 @@ def log_in_by_turns(hub: WholeHub, ports: list[int]) -> int:
     assert hub.request(login).status == 200
     through(hub, ports[1])
     form = f"username=alice&password=&_xsrf={hub.cookies(login)['_xsrf']}"
-    return hub.request(login, form.encode()).status
+    return hub.request(login, form.encode(), Origin=f"https://{HUB_NAME}").status
 
 
 @pytest.mark.process
@@ -4584,6 +4585,7 @@ c.Proxy.extra_routes = {{"/echo/": {backends("echo")!r}, "/deep/": {backends("ec
         html = peek(node_ports[0], path, **SPOOFED, Accept="text/html")[0]["headers"]
         assert "X-Real-Ip" not in html
     assert log_in_by_turns(hub, node_ports) == 302
+    assert "is reached by https" not in hub.log()
 
 
 @pytest.mark.process
@@ -4662,7 +4664,13 @@ def test_a_front_that_nobody_trusts(
     seen, secure = peek(node_ports[0])
     assert seen == {"url": f"http://{HUB_NAME}{PEEK_PATH}", "ip": NODES[0], "next": ""}
     assert secure == []
-    assert log_in_by_turns(hub, node_ports) == 403
+    for _ in range(2):
+        assert log_in_by_turns(hub, node_ports) == 403
+    words = (
+        f"{HUB_NAME} is reached by https: if {NODES[1]} is a proxy of yours, add it to trusted_p"
+    )
+    assert hub.log().count(words) == 1
+    assert f"403 POST /hub/login (@{NODES[1]})" in hub.log()
 
 
 # Command line -------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ from urllib.parse import unquote, urlsplit
 
 import tomli
 import tomli_w
+from jupyterhub.log import log_request
 from jupyterhub.proxy import Proxy
 from jupyterhub.traitlets import Command
 from traitlets import Bool, CaselessStrEnum, Dict, Float, Integer, List, Unicode
@@ -2433,6 +2434,26 @@ def users_of_traefik(api_url: str, rules_file: str) -> list[int]:
     return sorted(users)
 
 
+def looks_for_fronts(log: logging.Logger) -> Callable[[Any], None]:
+    """Return what logs a request to the hub as JupyterHub does, and an unknown proxy in front once.
+
+    A form that a browser sends from an https page of the same host came through such a proxy.
+    """
+    told = False
+
+    def log_function(handler: Any) -> None:
+        nonlocal told
+        request = handler.request
+        by_https = request.headers.get("Origin") == f"https://{request.host}"
+        if by_https and request.protocol == "http" and not told:
+            told = True
+            text = "%s is reached by https: if %s is a proxy of yours, add it to trusted_proxies"
+            log.warning(text, printable(request.host), request.remote_ip)
+        log_request(handler)
+
+    return log_function
+
+
 class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     """JupyterHub's proxy API (``jupyterhub.proxy.Proxy``) on top of Traefik's file provider.
 
@@ -2533,6 +2554,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         self._renewal: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()  # held while a batch is written
         self._open_batch: tuple[Batch, asyncio.Task[dict[int, ValueError]]] | None = None
+        look = {"log_function": looks_for_fronts(self.log)}  # of Tornado, called for each request
+        self.app.tornado_settings = {**look, **self.app.tornado_settings}
 
     def make_settings(self) -> Settings:
         """Return all that the options and JupyterHub say. Raises ``ValueError``."""
