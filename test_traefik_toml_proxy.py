@@ -5423,12 +5423,16 @@ class MortalControl(proxy.TraefikControl):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.closing: threading.Event = args[-1]
+        self.closing: threading.Event = args[3]
         self.busy = threading.Lock()  # while something is written
 
     def commit(self, batch: proxy.Batch) -> dict[int, ValueError]:
         with self.busy:
             return super().commit(batch)
+
+    def after_restart(self) -> None:
+        with self.busy:
+            super().after_restart()
 
     def die(self) -> None:
         """Leave Traefik alone and write no more, at once, as a hub does that is killed."""
