@@ -1669,7 +1669,7 @@ def api_at(url: str, user: str = "", password: str = "") -> proxy.TraefikAPI:
         (b"HTTP/1.1 200 OK\r\n\r\n[1]", "not as Traefik's API does"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, "not as Traefik's API does"),
         (b"HTTP/1.1 200 OK\r\n\r\n\xff", "not as Traefik's API does"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "cannot be reached|not as Traefik's"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "cannot be reached|not as Traefik's|too long an answer"),
         (b"SSH-2.0-OpenSSH\r\n", "cannot be reached"),
         (b"", "cannot be reached"),
         (None, "cannot be reached .*timed out"),
@@ -1735,7 +1735,7 @@ def test_an_answer_that_drips_does_not_hold_a_thread(head: bytes, drop: bytes) -
     ],
 )
 def test_an_endless_answer_is_read_up_to_a_bound(head: bytes, more: bytes) -> None:
-    assert sent_to_get(head, more * (1 << 20), 0, 20, "cannot be reached|not as Traefik's") < 90
+    assert sent_to_get(head, more * (1 << 20), 0, 20, "cannot be reached|not as Traefik's|too long an answer") < 90
 
 
 @pytest.mark.parametrize(
@@ -1882,11 +1882,115 @@ async def test_a_password_that_was_set_stays(make_proxy: ProxyFactory) -> None:
     assert made.control.settings.traefik_api_password == "one"
 
 
+LISTENER = """
+import os, socket, sys
+if sys.argv[1] != "0":
+    os.setuid(int(sys.argv[1]))
+family = socket.AF_INET6 if ":" in sys.argv[2] else socket.AF_INET
+with socket.create_server((sys.argv[2], int(sys.argv[3])), family=family):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@only_root
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
+@pytest.mark.process
+async def test_who_listens_at_another_address_of_the_port_is_nobody(
+    make_proxy: ProxyFactory, backends: Backends, host: str
+) -> None:
+    made = make_proxy(check_route_timeout=4)
+    port = made.traefik_api_url.rsplit(":", 1)[1]
+    python = shutil.which("python3", path="/usr/bin:/bin") or sys.executable
+    listener = subprocess.Popen(
+        [python, "-c", LISTENER, str(SOMEBODY), host, port],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with listener:
+        assert listener.stdout.read(5) == b"ready"  # type: ignore[union-attr]
+        await made.start()
+        await made.add_route("/user/a/", backends("a"), {})
+        made.control.api.close()
+        pid = made.control.process.pid
+        await made.add_route("/user/b/", backends("b"), {})
+        assert made.control.process.pid == pid
+        assert set(await made.get_all_routes()) == {"/user/a/", "/user/b/"}
+        listener.kill()
+
+
+def test_who_gets_the_connections_of_an_address() -> None:
+    with socket.socket() as any_address, socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_server(("127.0.0.2", port)) as other:
+            inodes = {
+                address: set(proxy.listening_sockets(port, address))
+                for address in ("", "127.0.0.1", "127.0.0.2", "127.0.0.3", "::1", "localhost")
+            }
+            own, others = ({str(os.fstat(each.fileno()).st_ino)} for each in (server, other))
+        assert inodes == {
+            "": own | others,
+            "127.0.0.1": own,
+            "127.0.0.2": others,
+            "127.0.0.3": set(),
+            "::1": set(),
+            "localhost": own | others,
+        }
+        any_address.bind(("0.0.0.0", 0))
+        any_address.listen()
+        found = proxy.listening_sockets(any_address.getsockname()[1], "127.0.0.3")
+        assert set(found) == {str(os.fstat(any_address.fileno()).st_ino)}
+
+
+@pytest.mark.process
+async def test_counters_that_are_too_long_leave_what_is_known(
+    managed: TraefikTomlProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetch(port_of(managed), "/")
+    before = None
+    while not before:  # Traefik counts a request after its answer
+        before = (await managed.get_all_routes())["/"]["data"].get("last_activity")
+    read = proxy.TraefikAPI._read
+    monkeypatch.setattr(
+        proxy.TraefikAPI, "_read", lambda api, path, timeout, most: read(api, path, timeout, 1000)
+    )
+    assert (await managed.get_all_routes())["/"]["data"]["last_activity"] == before
+    assert "not known when routes were used last: " in caplog.text
+    assert "gives too long an answer" in caplog.text
+
+
+@pytest.mark.process
+async def test_changes_do_not_get_slower_where_traefik_has_to_be_told(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    made = make_proxy(extra_static_config={"providers": {"file": {"watch": False}}})
+    await made.start()
+    for number in range(8):
+        await made.add_route(f"/user/u{number}/", backends("a"), {})
+    assert made.control.confirmation._pace < 0.2
+
+
+@pytest.mark.process
+async def test_a_router_of_somebody_in_the_place_of_the_api_ends_no_traefik(
+    make_proxy: ProxyFactory, backends: Backends
+) -> None:
+    made = make_proxy(check_route_timeout=5)
+    await made.start()
+    pid, path = made.control.process.pid, make_proxy.directory / "rules.toml"
+    rule = "rule = 'PathPrefix(`/`)'\npriority = 2000000\nservice = 'noop@internal'\n"
+    path.write_text(f"[http.routers.mine]\n{rule}{path.read_text()}")
+    with pytest.raises(TimeoutError, match="status 418"):
+        await made.add_route("/user/a/", backends("a"), {})
+    assert made.control.process.pid == pid
+    assert made.control.process.runs()
+
+
 # What may make a parser slow: pieces of what it looks for, which are repeated.
 PIECES = [
     *(b"", b"a", b"1", b".", b" ", b"\n", b"\0", b"\xff", b":", b"{", b"[", b"\\", b'"', b"$"),
     *(b"1.", b"v1.", b"\x1b[1m", b"$apr1$", b"$apr1$a$", b"\r\n", b'{"a":', b'"\\u0000",', b"e9,"),
     *(b"traefik_service_requests_total{", b'service="', b'requests_total{service="a@', b"\n{"),
+    proxy.WRITTEN_BY.encode() + b"\n",
     *(b"Version: ", b"2026-11-25T13:00:00Z ", b": bind: address already in use", b":1: bind:"),
 ]
 
@@ -2406,6 +2510,77 @@ def test_lines_that_come_again_are_counted(caplog: pytest.LogCaptureFixture) -> 
         output.file.write(b"2026-11-25T13:00:00Z ERR too many open files\n")
         output.pass_on()
         assert caplog.records[-1].message.startswith("Traefik: 2026"), "it is counted anew"
+
+
+def test_a_steady_flow_of_lines_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    output = proxy.Output(logging.getLogger("flow"), "hash")
+    with output.file:
+        output.begin()
+        for number in range(40):
+            output.file.write(b"%i %s\nhalf a line, " % (number, b"x" * 1_000_000))
+            output.pass_on()
+            assert os.fstat(output.file.fileno()).st_size < 24 << 20
+    assert len(caplog.records) >= 38, "the file was cut off twice, within a line"
+
+
+@pytest.mark.process
+async def test_a_full_disk_after_a_crash_leaves_a_password_that_both_know(
+    managed: TraefikTomlProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, failed = proxy.RulesFile.write, []
+
+    def fail_once(rules: proxy.RulesFile, routes: dict[str, proxy.Route]) -> None:
+        if not failed:
+            failed.append(routes)
+            raise OSError(28, "No space left on device")
+        write(rules, routes)
+
+    monkeypatch.setattr(proxy.RulesFile, "write", fail_once)
+    await killed(managed)
+    while not failed:
+        await asyncio.sleep(0.01)
+    assert set(await managed.get_all_routes()) == {"/"}
+    assert managed.control.api.get("/api/version", 5)["Version"]
+    await managed.check_routes({}, {}, {})
+
+
+@pytest.mark.process
+async def test_a_pid_file_that_cannot_be_written_does_not_end_the_watch(
+    managed: TraefikTomlProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(process: proxy.TraefikProcess) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(proxy.TraefikProcess, "admit", fail)
+    os.kill(managed.control.process.pid, signal.SIGKILL)
+    await asyncio.to_thread(wait_until, lambda: not managed.control.process.runs())
+    monkeypatch.undo()
+    await managed.add_route("/user/a/", "http://127.0.0.1:1", {})
+
+
+@pytest.mark.process
+async def test_a_stop_cleans_up_whatever_is_in_the_place_of_a_file(
+    managed: TraefikTomlProxy, make_proxy: ProxyFactory
+) -> None:
+    static = make_proxy.directory / "traefik.toml"
+    static.unlink()
+    static.mkdir()
+    pid = managed.control.process.pid
+    with pytest.raises(OSError, match="Is a directory"):
+        await managed.stop()
+    assert gone(pid)
+    assert os.listdir(make_proxy.directory) == ["traefik.toml"]
+
+
+def test_a_pid_file_with_two_names_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "of root").write_text("a secret")
+    os.link(tmp_path / "of root", tmp_path / "traefik.pid")
+    pid_file = str(tmp_path / "traefik.pid")
+    settings = make_settings(pid_file=pid_file, command=[installed_traefik()])
+    with pytest.raises(OSError, match="it has several names"):
+        proxy.TraefikProcess(settings, logging.getLogger("pid"), print).find()
+    assert (tmp_path / "of root").read_text() == "a secret"
 
 
 @pytest.mark.process

@@ -63,7 +63,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from itertools import groupby
@@ -777,6 +777,8 @@ def entry_points(settings: Settings, version: Version) -> str:
     text += toml_table(f"{public}.transport.lifeCycle", graceTimeOut="0s")
     text += "\n# Uploads may take a day; by default Traefik cuts them after 60 s."
     text += toml_table(f"{public}.transport.respondingTimeouts", readTimeout="24h")
+    text += "\n# Requests at once in a connection, each with 64 KB of headers; by default 250."
+    text += toml_table(f"{public}.http2", maxConcurrentStreams=32)
     if version >= MAX_HEADER_BYTES:
         text += (
             "\n# URL and headers have 64 KB together, the most that JupyterHub and Jupyter take."
@@ -943,8 +945,13 @@ def split_rules(text: str) -> tuple[str, list[str], str]:
 
     A template in what other people wrote would run with the next write, so it becomes plain text.
     """
-    parts = re.split(f"(?ms)^({WRITTEN_BY}$.*?^{END}$)", text)  # every second is the hub's
-    others, own = no_template("".join(parts[::2]).strip()), "".join(parts[1::2])
+    begin, end = (re.compile(f"(?m)^{line}$") for line in (WRITTEN_BY, END))
+    rest, hub, place = "", "", 0
+    while (first := begin.search(text, place)) and (last := end.search(text, first.end())):
+        rest += text[place : first.start()]
+        hub += text[first.start() : last.end()]
+        place = last.end()
+    others, own = no_template((rest + text[place:]).strip()), hub
     revision = re.findall(f'(?m)^{REVISION_HEADER} = "(.*)"$', own)
     return others, re.findall(f"(?m)^{ROUTE}(.*)", own), revision[-1] if revision else ""
 
@@ -1511,6 +1518,8 @@ class TraefikAPI:
                     raise APIError(f"{self.url} cannot be reached ({error})") from None
         if response.status != 200:
             raise APIError(f"{self.url} answers with status {response.status}", response.status)
+        if len(data) == most:  # which is less than all of it
+            raise APIError(f"{self.url} gives too long an answer")
         return data
 
     def _rest(self, response: HTTPResponse, most: int) -> bytes:
@@ -1576,26 +1585,40 @@ def command_line(pid: int) -> list[str]:
         return []
 
 
-def listening_sockets(port: int | None) -> dict[str, int]:
-    """Return the sockets that listen on a TCP port, by inode, with the ids of their users."""
-    found = {}
+def listening_sockets(port: int | None, host: str = "") -> dict[str, int]:
+    """Return the sockets that listen on a TCP port, by inode, with the ids of their users.
+
+    Where ``host`` is an address, these are those who get its connections: others may listen on
+    the same port of another address, such as 127.0.0.2.
+    """
+    found: dict[str, dict[str, int]] = defaultdict(dict)  # by local address
     for table in glob.glob("/proc/net/tcp*"):
         with suppress(OSError), open(table) as lines:
             for line in lines:
                 if f":{port or 0:04X} " in line[:60]:  # few of them, where many are connected
-                    fields = line.split()
-                    if fields[1].endswith(f":{port or 0:04X}") and fields[3] == "0A":  # it listens
-                        found[fields[9]] = int(fields[7])
-    return found
+                    local, _, state, *_, user, _, inode = line.split()[1:10]
+                    if local.endswith(f":{port or 0:04X}") and state == "0A":  # it listens
+                        found[local.partition(":")[0]][inode] = int(user)
+    every = {inode: user for sockets in found.values() for inode, user in sockets.items()}
+    try:
+        packed = ipaddress.ip_address(host).packed
+    except ValueError:  # a name, or none
+        return every
+    words = [packed[place : place + 4] for place in range(0, len(packed), 4)]
+    own = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+    mapped = f"{0:016X}{socket.htonl(0xFFFF):08X}{own}"  # where IPv4 comes by an IPv6 socket
+    wildcard = {**found["0" * 8], **found["0" * 32]}
+    return {**found[own], **found[mapped]} or wildcard
 
 
-def trusted_listener(port: int, *trusted: int) -> frozenset[str]:
-    """Return the sockets that listen on a TCP port, or none if one is that of another user.
+def trusted_listener(address: str, *trusted: int) -> frozenset[str]:
+    """Return the sockets that listen at an address, or none if one is that of another user.
 
     ``trusted`` are the ids of users beside root and the hub's. Where /proc does not tell who
     listens, the answer is a mere name.
     """
-    sockets = listening_sockets(port)
+    host, _, port = address.rpartition(":")
+    sockets = listening_sockets(int(port), host.strip("[]"))
     if not os.access("/proc/net/tcp", os.R_OK):
         return frozenset({"unknown"})
     others = set(sockets.values()) - {0, os.geteuid(), *trusted}
@@ -1632,12 +1655,12 @@ def start_time(pid: int) -> bytes:
     return b""
 
 
-def port_holder(port: int) -> str:
+def port_holder(port: int, host: str = "") -> str:
     """Return which program listens on a TCP port, as far as /proc tells; "" where it does not.
 
     Only root sees what belongs to other users.
     """
-    sockets = {f"socket:[{inode}]" for inode in listening_sockets(port)}
+    sockets = {f"socket:[{inode}]" for inode in listening_sockets(port, host)}
     for path in glob.iglob("/proc/[0-9]*/fd/*") if sockets else ():
         with suppress(OSError):
             if os.readlink(path) in sockets:
@@ -1710,7 +1733,7 @@ class Output:
                 self._write(printable(line))
             self._left_out += sum(map(len, lines[MOST_LINES:]))
         new = os.fstat(output).st_size - self._passed_on
-        if new > most or (not new and self._passed_on > 1 << 20):
+        if new > most or self._passed_on > (1 << 24 if new else 1 << 20):
             self._left_out += new
             os.ftruncate(output, 0)
             self._start = self._passed_on = 0
@@ -1793,7 +1816,9 @@ class TraefikProcess:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
             handle = os.open(self._pid_file, flags, 0o600)
-            if problem := distrust(os.fstat(handle)):
+            status = os.fstat(handle)
+            several = "it has several names" if status.st_nlink > 1 else ""
+            if problem := distrust(status) or several:
                 os.close(handle)
                 raise OSError(errno.EPERM, problem)
             self._lock = open(handle, "r+b", buffering=0)
@@ -1839,7 +1864,8 @@ class TraefikProcess:
             start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
         )
         self._set_pid(self._popen.pid)
-        if "filepath" not in self._static.lower():  # it writes no log of its own, which may be long
+        extra = f"{self._static}{settings.extra_dynamic_config}".lower()
+        if not re.search("filepath|buffering", extra):  # it writes no long files of its own
             with suppress(AttributeError, OSError):  # so its output ends there if no hub reads it
                 limit = MOST_BYTES, resource.RLIM_INFINITY
                 resource.prlimit(self.pid, resource.RLIMIT_FSIZE, limit)
@@ -1876,7 +1902,7 @@ class TraefikProcess:
             return frozenset()
         with suppress(OSError):
             user = os.stat(f"/proc/{self.pid}").st_uid
-            return trusted_listener(int(self._settings.api_address.rpartition(":")[2]), user)
+            return trusted_listener(self._settings.api_address, user)
         return frozenset()
 
     def lacks_descriptors(self) -> str:
@@ -1926,16 +1952,15 @@ class TraefikProcess:
             self._watcher.join()
         if end:
             self.end()  # what the watcher may have started at the last moment
-        try:
-            self.admit()
-            if end:
-                remove_file(self._settings.static_file)
+        with ExitStack() as last:  # all of it, whatever fails
+            last.callback(self._set_pid, 0)
+            last.callback(self._lock.close)
+            last.callback(self.output.file.close)
             if end or not self.pid:
-                remove_file(self._pid_file)
-        finally:
-            self.output.file.close()
-            self._lock.close()
-            self._set_pid(0)
+                last.callback(remove_file, self._pid_file)
+            if end:
+                last.callback(remove_file, self._settings.static_file)
+            self.admit()
 
     def _arguments(self) -> list[str]:
         """Return the command line of Traefik."""
@@ -1986,14 +2011,16 @@ class TraefikProcess:
             self.output.pass_on()
             if self._stopping.is_set():
                 break
-            self.admit()  # nobody is to wait for one that has ended
+            with suppress(OSError):
+                self.admit()  # nobody is to wait for one that has ended
             young = time.monotonic() - began < 1 + pause
             pause = min(2 * pause + 0.1, 30) if young else 0
             self.log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
             if not self._stopping.wait(pause):
                 try:
                     self.start()
-                    self._restarted()
+                    with suppress(RuntimeError):  # the worker has been shut down
+                        self._restarted()
                 except Exception as error:  # the next turn tries again
                     self.log.error("Traefik cannot be started: %s", error)
         self.output.write_counts()
@@ -2060,7 +2087,8 @@ class Confirmation:
         self._served = self._rules.revision
         if self._process:
             self._process.admit()
-        self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
+        if not self._helped:  # that would count the delay before it, which is made of the pace
+            self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
 
     def wait_for_answer(
         self, closing: threading.Event, patience: float, tell: Callable[..., object]
@@ -2151,10 +2179,10 @@ class Confirmation:
         if problem.status in (200, 401):  # it has read a file before, so it handles SIGHUP
             process.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._rules.path)
             process.kill(signal.SIGHUP)
-        elif before <= due < elapsed and process.served:  # 404: no file
+        elif problem.status in (0, 404) and before <= due < elapsed and process.served:
             if lack := process.lacks_descriptors():
                 process.log.error("Traefik (pid %i) does not answer: %s", process.pid, lack)
-            elif process.kill():
+            elif process.listener() and process.kill():
                 process.log.error("Traefik did not answer: it was killed and is started again")
         self._helped = elapsed
         return problem
@@ -2269,8 +2297,9 @@ class TraefikControl:
         found = process.find()  # which tells, before anything is touched, if another hub runs
         try:
             self.rules = RulesFile(settings, process.version, self._validate, log)
-            port = urlsplit(settings.traefik_api_url).port or 0
-            if not found and (holder := port_holder(port)):  # who could answer in its place
+            host, _, port = settings.api_address.rpartition(":")
+            holder = port_holder(int(port), host.strip("[]"))  # who could answer in its place
+            if holder and not found:
                 raise RuntimeError(f"{self.api.url} (traefik_api_url) is held by {holder}")
         except BaseException:
             process.release()
@@ -2374,10 +2403,15 @@ class TraefikControl:
         try:
             if process.version == self.rules.version:
                 self.confirmation.wait(self._closing, restarts=False)
-            self.settings = self.settings.with_new_password()
-            self.api.use_password(self.settings.traefik_api_password)
-            self.rules.fit(self.settings, process.version)
-            self.rules.write(self.rules.routes)
+            settings = self.settings.with_new_password()
+            self.rules.fit(settings, process.version)
+            try:
+                self.rules.write(self.rules.routes)
+            except OSError:
+                self.rules.fit(self.settings, process.version)  # Traefik has the old password
+                raise
+            self.settings = settings
+            self.api.use_password(settings.traefik_api_password)
             self.confirmation.wait(self._closing, restarts=False)
         except RuntimeError:
             if process.runs():  # else its end is in the log
@@ -2427,8 +2461,8 @@ def users_of_traefik(api_url: str, rules_file: str) -> list[int]:
     One listens at the API's port. The other owns the directory of the dynamic file, and so can
     replace that file anyway, such as the user of a volume's host.
     """
-    port = urlsplit(api_url).port
-    users = {user for user in listening_sockets(port).values() if port}
+    place = urlsplit(api_url)
+    users = set(listening_sockets(place.port, place.hostname or "").values() if place.port else ())
     with suppress(OSError):
         users.add(os.stat(os.path.dirname(rules_file)).st_uid)
     return sorted(users)
@@ -2722,13 +2756,12 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                     await asyncio.sleep(0.01)
             raise
 
-    def _after_restart(self) -> None:
-        """In the thread that watches Traefik: have the worker thread do what is due."""
-        if control := self.control:
-            with suppress(RuntimeError):  # the worker has been shut down
-                self._submit(control.after_restart)
+    # The next three run in the worker thread.
 
-    # The next two run in the worker thread.
+    def _refit(self) -> None:
+        """Do what is due after another start of Traefik."""
+        if self.control:
+            self.control.after_restart()
 
     def _start(self) -> TraefikControl:
         """Make a control that runs, unless there is one. Raises as its methods do."""
@@ -2736,7 +2769,11 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             return self.control
         settings = self.make_settings()
         control = TraefikControl(
-            settings, self.validate_routespec, self.log, self._closing, self._after_restart
+            settings,
+            self.validate_routespec,
+            self.log,
+            self._closing,
+            restarted=partial(self._submit, self._refit),
         )
         try:
             (control.start if self.should_start else control.connect)()
@@ -2810,8 +2847,8 @@ class Check:
 
     def _listener(self) -> Callable[[], frozenset[str]] | None:
         """Return what tells whether a Traefik that the hub starts may be who listens at the API."""
-        port = int(self.settings.api_address.rpartition(":")[2])
-        return partial(trusted_listener, port) if self.settings.should_start else None
+        address = self.settings.api_address
+        return partial(trusted_listener, address) if self.settings.should_start else None
 
     def traefik(self) -> Finding:
         """Find the program that the hub starts, or the version that somebody else has started."""
