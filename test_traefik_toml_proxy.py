@@ -1669,7 +1669,7 @@ def api_at(url: str, user: str = "", password: str = "") -> proxy.TraefikAPI:
         (b"HTTP/1.1 200 OK\r\n\r\n[1]", "not as Traefik's API does"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, "not as Traefik's API does"),
         (b"HTTP/1.1 200 OK\r\n\r\n\xff", "not as Traefik's API does"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "cannot be reached|not as Traefik's|too long an answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "cannot be reached|not as Tr"),
         (b"SSH-2.0-OpenSSH\r\n", "cannot be reached"),
         (b"", "cannot be reached"),
         (None, "cannot be reached .*timed out"),
@@ -1735,7 +1735,8 @@ def test_an_answer_that_drips_does_not_hold_a_thread(head: bytes, drop: bytes) -
     ],
 )
 def test_an_endless_answer_is_read_up_to_a_bound(head: bytes, more: bytes) -> None:
-    assert sent_to_get(head, more * (1 << 20), 0, 20, "cannot be reached|not as Traefik's|too long an answer") < 90
+    words = "cannot be reached|not as Traefik's|too long an answer"
+    assert sent_to_get(head, more * (1 << 20), 0, 20, words) < 90
 
 
 @pytest.mark.parametrize(

@@ -1673,10 +1673,15 @@ def port_holder(port: int, host: str = "") -> str:
 # the hub listens in its place, hands the socket over as systemd does
 # (https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html), and until Traefik
 # serves the routes has the kernel drop what comes but for the first packet of each connection.
-# Clients send again what was dropped, as a rule after 0.2 s. This is classic BPF: load the byte
-# with the flags of TCP; if SYN is among them, pass all; else pass nothing.
-HOLD = struct.pack(
-    *("=HBBIHBBIHBBIHBBI", 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06, 0, 0, 0xFFFFFFFF, 0x06, 0, 0, 0)
+# Clients send again what was dropped, as a rule after 0.2 s. This is a program of classic BPF.
+HOLD = b"".join(
+    struct.pack("=HBBI", *step)
+    for step in (
+        (0x30, 0, 0, 13),  # load the byte with the flags of TCP
+        (0x45, 0, 1, 2),  # unless SYN is among them, skip the next step
+        (0x06, 0, 0, 0xFFFFFFFF),  # pass all of it
+        (0x06, 0, 0, 0),  # pass nothing
+    )
 )
 MOST_LINES = 50_000  # that Traefik may write in half a second
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27  # of Linux; Python has no names for them
