@@ -49,7 +49,7 @@ OLD_VERSIONS = ("3.0.4", "3.3.6", "3.4.1", "3.6.4")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     help_text = "how long the churn test runs, in seconds"
-    parser.addoption("--churn", type=float, default=120, metavar="SECONDS", help=help_text)
+    parser.addoption("--churn", type=float, default=60, metavar="SECONDS", help=help_text)
     help_text = "where the benchmark writes its figures as JSON"
     parser.addoption("--json", type=Path, metavar="FILE", help=help_text)
     help_text = "where the benchmark writes its plot; the README shows .benchmark/routes.svg"

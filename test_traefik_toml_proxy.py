@@ -5572,7 +5572,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
 
 
 # Churn --------------------------------------------------------------------------------------------
-# Everything at once that may happen to the front door, for two minutes or an hour: --churn SECONDS.
+# Everything at once that may happen to the front door, for a minute, or longer: --churn SECONDS.
 
 
 SERVERS = [f"server-{number}" for number in range(8)]
