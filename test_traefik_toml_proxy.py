@@ -1113,6 +1113,7 @@ async def test_where_an_external_file_is_looked_for(
             traefik_api_url=f"http://127.0.0.1:{free_port()}",
             traefik_api_password="x",
             start_timeout=0.05,
+            check_route_timeout=0.05,
             public_url="http://127.0.0.1:8000",
         )
         caplog.clear()
