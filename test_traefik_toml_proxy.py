@@ -5598,8 +5598,8 @@ class ChurnedRoute:
 class MortalControl(proxy.TraefikControl):
     """One whose hub may die at any time."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.closing: threading.Event = args[3]
         self.busy = threading.Lock()  # while something is written
 
