@@ -381,7 +381,7 @@ async def external(
 
 def port_of(proxy: TraefikTomlProxy) -> int:
     """Return the public port of a proxy."""
-    return int(proxy.public_url.split(":")[2].split("/")[0])
+    return urllib.parse.urlsplit(proxy.public_url).port or 0
 
 
 # An ACME authority --------------------------------------------------------------------------------

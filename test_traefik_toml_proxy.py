@@ -2683,7 +2683,7 @@ async def test_connections_are_held_at_the_address_where_traefik_would_listen(
         monkeypatch.setattr(proxy, "TAKES_SOCKETS", first)
         made = make_proxy(public_url=f"http://{host}:{free_port()}/")
         await made.start()
-        port, process = port_of_url(made.public_url), made.control.process
+        port, process = port_of(made), made.control.process
         inodes = proxy.listening_sockets(port)
         own = {os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()}
         assert {f"socket:[{inode}]" for inode in inodes} <= own, "the hub keeps none"
@@ -2694,11 +2694,6 @@ async def test_connections_are_held_at_the_address_where_traefik_would_listen(
             assert connection.recv(100).startswith(b"HTTP/1.0 404")
         await made.stop()
     assert seen[0] == seen[1]
-
-
-def port_of_url(url: str) -> int:
-    """Return the port of a URL, whatever its host."""
-    return int(url.rstrip("/").rpartition(":")[2])
 
 
 @pytest.mark.process

@@ -565,7 +565,6 @@ class Settings:
     counts_requests: bool  # whether Traefik does, which tells when a route was used last
     https: bool  # whether the entry point of the routes speaks it
     redirect_port: int  # redirects plain HTTP to https; 0 for none
-    has_fronts: bool  # whether requests may come through other proxies
     fronts: Sequence[str]  # all addresses of trusted_proxies, as JupyterHub wants them
     certificate: CertificateFiles | None  # JupyterHub.ssl_cert and ssl_key
     internal_ssl: str  # where JupyterHub.internal_ssl has its certificates; "" if it is off
@@ -603,6 +602,11 @@ class Settings:
         name = self.rules_file.rpartition("/")[2]
         return "" if name == "rules.toml" else f"{route_name(name.removesuffix('.toml'))}---"
 
+    @property
+    def has_fronts(self) -> bool:
+        """Whether requests may come through other proxies."""
+        return bool(self.trusted_proxies or self.proxy_protocol_from)
+
     def with_new_password(self) -> Settings:
         """Return these settings with another password, if that is the hub's to choose."""
         if not self.makes_password:
@@ -634,6 +638,12 @@ def listen_address(option: str, url: str) -> str:
     if not found or not 0 < port < 65536:
         raise ValueError(f"{option} is not of the form http[s]://[host][:port]")
     return f"{found[2].strip('*')}:{port}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of an address such as ``[::1]:8000``, the host without brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def trusted_networks(option: str, values: Iterable[str]) -> list[str]:
@@ -755,12 +765,12 @@ def static_config(settings: Settings, version: Version) -> str:
         text += "Each bucket takes a line per service."
         metrics = {"manualRouting": True, "addEntryPointsLabels": False, "buckets": [60.0]}
         text += toml_table("metrics.prometheus", **metrics)
-    known = ", ".join(tomli.loads(text)["entryPoints"])
-    text = with_extra(text, settings.extra_static_config, "extra_static_config")
-    if lost := without_address(tomli.loads(text)):
+    whole = with_extra(text, settings.extra_static_config, "extra_static_config")
+    if lost := without_address(tomli.loads(whole)):
+        known = ", ".join(tomli.loads(text)["entryPoints"])
         error = f"has no address for the entry point {lost[0]}. Those that exist are {known}"
         raise ValueError(f"extra_static_config {error}")
-    return f"{WRITTEN_BY}\n{text}"
+    return f"{WRITTEN_BY}\n{whole}"
 
 
 def entry_points(settings: Settings, version: Version) -> str:
@@ -1495,10 +1505,11 @@ class TraefikAPI:
         counts: dict[str, float] = defaultdict(float)
         for line in self._read("/metrics", timeout, 1 << 25).split(b"\n"):
             name, _, labels = line[:MOST_CHARACTERS].partition(b"{")
-            if name == b"traefik_service_requests_total":
-                service = re.search(rb'service="([\w-]+)@file"', labels)
+            if name != b"traefik_service_requests_total":
+                continue
+            if service := re.search(rb'service="([\w-]+)@file"', labels):
                 with suppress(ValueError):
-                    counts[service[1].decode() if service else ""] += float(line.split()[-1])
+                    counts[service[1].decode()] += float(line.split()[-1])
         return counts
 
     def _read(self, path: str, timeout: float, most: int) -> bytes:
@@ -1617,8 +1628,8 @@ def trusted_listener(address: str, *trusted: int) -> frozenset[str]:
     ``trusted`` are the ids of users beside root and the hub's. Where /proc does not tell who
     listens, the answer is a mere name.
     """
-    host, _, port = address.rpartition(":")
-    sockets = listening_sockets(int(port), host.strip("[]"))
+    host, port = split_address(address)
+    sockets = listening_sockets(port, host)
     if not os.access("/proc/net/tcp", os.R_OK):
         return frozenset({"unknown"})
     others = set(sockets.values()) - {0, os.geteuid(), *trusted}
@@ -1630,8 +1641,8 @@ def held_listener(address: str) -> socket.socket:
 
     Raises ``OSError``.
     """
-    host, _, port = address.rpartition(":")
-    every = not host.strip("0.:[]") and socket.has_dualstack_ipv6()  # as Go takes 0.0.0.0, too
+    host, port = split_address(address)
+    every = not host.strip("0.:") and socket.has_dualstack_ipv6()  # as Go takes 0.0.0.0, too
     listener = socket.socket(socket.AF_INET6 if every or ":" in host else socket.AF_INET)
     program = ctypes.create_string_buffer(HOLD)
     filtering = struct.pack("HP", len(HOLD) // 8, ctypes.addressof(program))
@@ -1639,7 +1650,7 @@ def held_listener(address: str) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if listener.family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not every)
-        listener.bind(("" if every else host.strip("[]"), int(port)))
+        listener.bind(("" if every else host, port))
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filtering)
         listener.listen(1 << 16)  # of which the kernel takes less
     except OSError:
@@ -1847,7 +1858,6 @@ class TraefikProcess:
 
     def start(self) -> None:
         """Start Traefik and write its pid file. Raises ``OSError`` or ``RuntimeError``."""
-        self.admit()
         self._look_up()
         settings, found = self._settings, ""
         with suppress(OSError):  # whatever is there instead
@@ -2302,8 +2312,8 @@ class TraefikControl:
         found = process.find()  # which tells, before anything is touched, if another hub runs
         try:
             self.rules = RulesFile(settings, process.version, self._validate, log)
-            host, _, port = settings.api_address.rpartition(":")
-            holder = port_holder(int(port), host.strip("[]"))  # who could answer in its place
+            host, port = split_address(settings.api_address)
+            holder = port_holder(port, host)  # who could answer in its place
             if holder and not found:
                 raise RuntimeError(f"{self.api.url} (traefik_api_url) is held by {holder}")
         except BaseException:
@@ -2344,18 +2354,19 @@ class TraefikControl:
             self._log.warning("%s", error)
         # The file opens the API, which tells the version, on which the file depends in turn.
         self._write_for(UNKNOWN)
+        patience = settings.start_timeout
+        self.confirmation.wait_for_answer(self._closing, patience, self._log.warning)
+        self.confirmation.wait(self._closing)
         said = self.api.get("/api/version", settings.check_route_timeout).get("Version")
         self._write_for(parse_version(str(said), self.api.url))
+        self.confirmation.wait(self._closing)
         self.running = True
 
     def _write_for(self, version: Version) -> None:
-        """Write the dynamic file for a version of somebody else's Traefik, and wait for that."""
+        """Write the dynamic file for a version of somebody else's Traefik."""
         self.rules = RulesFile(self.settings, version, self._validate, self._log)
         self.confirmation = Confirmation(self.settings, self.rules, self.api, None)
         self.rules.write(self.rules.routes)
-        patience = self.settings.start_timeout
-        self.confirmation.wait_for_answer(self._closing, patience, self._log.warning)
-        self.confirmation.wait(self._closing)
 
     def _look_at_places(self) -> None:
         """Warn of directories in which other users could put files of theirs.
@@ -2628,7 +2639,6 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             counts_requests=self.should_start and self.track_last_activity,
             https=self._https or self.traefik_entrypoint == "https",
             redirect_port=self.redirect_http_port or (80 if by_http else 0),
-            has_fronts=bool(self.trusted_proxies or self.proxy_protocol_from),
             fronts=all_addresses(values["trusted_proxies"]),
             certificate=(cert, key) if self.ssl_cert else None,
             internal_ssl=os.path.abspath(app.internal_certs_location) if app.internal_ssl else "",
@@ -2965,16 +2975,13 @@ class Check:
             http = tables.get("http", {}).items()
             return {f"http.{kind}.{name}" for kind, table in http for name in table if name != API}
 
-        path, trusted = self.settings.rules_file, self.settings.trusted_users
-        files = (
-            []
-            if self.settings.should_start
-            else glob.glob("*.toml", root_dir=os.path.dirname(path))
-        )
-        for other in sorted(f"{os.path.dirname(path)}/{name}" for name in files):
+        settings, path = self.settings, self.settings.rules_file
+        directory = os.path.dirname(path)
+        files = [] if settings.should_start else glob.glob("*.toml", root_dir=directory)
+        for other in sorted({f"{directory}/{name}" for name in files} - {path}):
             with suppress(AttributeError, OSError, TypeError, ValueError):
-                twice = names(tomli.loads(read_file(other, RULES, trusted)))
-                if other != path and (twice := twice & names(tomli.loads(text))):
+                theirs = names(tomli.loads(read_file(other, RULES, settings.trusted_users)))
+                if twice := theirs & names(tomli.loads(text)):
                     both = ", ".join(sorted(twice)[:3])
                     return f"{other} has {both}, too: Traefik takes those of the first file by name"
         return ""
@@ -3037,7 +3044,7 @@ class Check:
         """Look at the certificates: that in the hub's file, and those that the front door shows."""
         settings, now = self.settings, datetime.datetime.now(datetime.timezone.utc)
         address = settings.public_address
-        host = address.rpartition(":")[0].strip("[]") or "localhost"
+        host = split_address(address)[0] or "localhost"
         shown, doubts, least = [], [], 99
         if settings.certificate:
             names, least = check_certificate(settings.certificate, now)
@@ -3068,10 +3075,10 @@ class Check:
 
 def shown_certificate(address: str, name: str) -> bytes:
     """Return the certificate that a server shows for a name, as DER. Raises ``OSError``."""
-    host, _, port = address.rpartition(":")
+    host, port = split_address(address)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    plain = socket.create_connection((host.strip("[]") or "localhost", int(port)), 5)
+    plain = socket.create_connection((host or "localhost", port), 5)
     with plain, context.wrap_socket(plain, server_hostname=name) as connection:
         return connection.getpeercert(True) or b""
 
