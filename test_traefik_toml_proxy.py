@@ -2029,18 +2029,29 @@ PARSERS: dict[str, tuple[int, Callable[[bytes], object]]] = {  # and the size th
 }
 
 
+def hostile_texts(size: int, seed: str) -> list[bytes]:
+    """Return texts of about a size, in bytes, that are alike for each size."""
+    chance = random.Random(seed)
+    texts = [piece * (size // max(len(piece), 1)) for piece in PIECES]
+    texts += [b"".join(chance.choices(PIECES, k=size // 40)) for _ in range(5)]
+    return texts + [bytes(chance.choices(range(256), k=size // 16)) for _ in range(2)]
+
+
 @pytest.mark.parametrize("name", PARSERS)
 def test_nothing_that_answers_can_stop_the_hub(name: str) -> None:
     size, parse = PARSERS[name]
-    chance = random.Random(name)
-    texts = [piece * (size // max(len(piece), 1)) for piece in PIECES]
-    texts += [b"".join(chance.choices(PIECES, k=size // 40)) for _ in range(5)]
-    texts += [bytes(chance.choices(range(256), k=size // 16)) for _ in range(2)]
-    for text in texts:
+
+    def cost(text: bytes) -> float:
+        """Return the time of the processor that a text takes."""
         began = time.process_time()
         with contextlib.suppress(proxy.APIError, RuntimeError):
             parse(text)
-        assert time.process_time() - began < 2, f"{name}: {text[:40]!r}, {len(text)} bytes"
+        return time.process_time() - began
+
+    # A text of eight times the length costs eight times as much, not 64 times.
+    for short, long in zip(hostile_texts(size // 8, name), hostile_texts(size, name), strict=True):
+        spent = cost(long)
+        assert spent < 1 or spent < 24 * cost(short), f"{name}: {long[:40]!r}, {len(long)} bytes"
 
 
 def test_a_long_number_in_what_traefik_says_is_no_port(tmp_path: Path) -> None:
