@@ -21,7 +21,7 @@ in force. The sections of this module, in reading order, and what each may touch
 - Confirmation: waits until Traefik serves a revision, helps, and diagnoses. The three before.
 - Last activity: ``Activity``: when each route was used last, by Traefik's counters. Traefik API.
 - The proxy: ``TraefikControl``, all that blocks, and ``TraefikTomlProxy``, options. All before.
-- Command line: check a set-up, print a static configuration or credentials. All before.
+- Command line: check a set-up, print routes, a static configuration, credentials. All before.
 
 A change takes one way: ``add_route``, the next batch, ``TraefikControl.commit`` in the worker
 thread, ``RulesFile.write``, ``Confirmation.wait``, and back to all callers of the batch.
@@ -3118,6 +3118,72 @@ def check(arguments: argparse.Namespace) -> bool:
     return all(finding["level"] != "FAIL" for finding in seen)
 
 
+def owner_of(data: Table) -> str:
+    """Tell whose a route is, by the data that JupyterHub gives it."""
+    for kind in ("user", "service"):
+        if kind in data:
+            server = data.get("server_name")
+            return f"{kind} {data[kind]}" + (f", server {server}" if server else "")
+    return "the hub" if data.get("hub") else "extra route" if data.get("extra") else "unknown"
+
+
+def silence_at(target: str) -> str:
+    """Connect to a target; return "" if it accepts that, else why it does not."""
+    place = urlsplit(target)
+    port = place.port or (443 if place.scheme == "https" else 80)
+    try:
+        socket.create_connection((place.hostname or "", port), 3).close()
+    except (OSError, UnicodeError) as error:
+        return printable(getattr(error, "strerror", None) or str(error))
+    return ""
+
+
+def requests_of(settings: Settings) -> tuple[dict[str, float] | None, str]:
+    """Return how many requests each service has had, None if it is not known, and then why."""
+    if not settings.counts_requests:
+        return None, "Traefik counts them with should_start and track_last_activity only"
+    if settings.makes_password:
+        return None, "the hub made up the API's password: set traefik_api_password"
+    listener = partial(trusted_listener, settings.api_address)
+    try:
+        return TraefikAPI(settings, settings.traefik_api_password, listener).requests(5), ""
+    except APIError as error:
+        return None, str(error)
+
+
+def print_routes(arguments: argparse.Namespace) -> bool:
+    """Print all routes: where each leads, whose it is, who listens there, how much it is used."""
+    settings = load_proxy(arguments.file).make_settings()
+    text = read_file(settings.rules_file, RULES, settings.trusted_users)
+    if END not in text:
+        raise RuntimeError(f"{settings.rules_file} ({RULES}) has no routes: has the hub started?")
+    routes = sorted(json.loads(line) for line in split_rules(text)[1])
+    with ThreadPoolExecutor(64) as pool:
+        silent = list(pool.map(silence_at, (target for _, target, _ in routes)))
+    counts, why = requests_of(settings)
+    rows: list[Table] = []
+    for (routespec, target, data), silence in zip(routes, silent, strict=True):
+        row = {"routespec": routespec, "target": target, "owner": owner_of(data)}
+        row |= {"accepts": not silence, "error": silence or None, "requests": None}
+        if counts is not None:
+            row["requests"] = int(counts.get(settings.mark + route_name(routespec), 0))
+        rows.append(row)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return True
+    table = [["ROUTESPEC", "TARGET", "OWNER", "ACCEPTS", "REQUESTS"]]
+    for row in rows:
+        used = "-" if row["requests"] is None else row["requests"]
+        shown = row["routespec"], row["target"], row["owner"], row["error"] or "yes", used
+        table.append([printable(str(cell)) for cell in shown])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+    if why:
+        print(f"Requests are not known: {why}", file=sys.stderr)
+    return True
+
+
 def print_static_config(arguments: argparse.Namespace) -> bool:
     """Print a static configuration for a Traefik that somebody else starts."""
     proxy, version = load_proxy(arguments.file), UNKNOWN  # if it is not on this machine
@@ -3149,6 +3215,7 @@ def print_password(arguments: argparse.Namespace) -> bool:
 
 COMMANDS = {
     "check": (check, "traefik-toml-proxy check -f /srv/jupyterhub/jupyterhub_config.py"),
+    "routes": (print_routes, "traefik-toml-proxy routes --json"),
     "static-config": (print_static_config, "traefik-toml-proxy static-config > traefik.toml"),
     "password": (print_password, "openssl rand -hex 32 | traefik-toml-proxy password api_admin"),
 }
@@ -3167,7 +3234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         text = "the hub's configuration, to be read where the hub is started (%(default)s)"
         command.add_argument("-f", "--file", default="jupyterhub_config.py", help=text)
-        if name == "check":
+        if name in ("check", "routes"):
             command.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     try:
