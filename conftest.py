@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fixtures: real backends, a managed proxy, external ones, a whole JupyterHub, containers."""
+"""Fixtures: real backends, a managed proxy, external ones, whole hubs, containers, a machine."""
 
 from __future__ import annotations
 
@@ -60,6 +60,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have what is quick and most likely to fail come first."""
     slow = ["process", "hub", "churn", "benchmark"]  # by marker
     environments = {"bare_python", "distributions", "user_python"}  # take about as long as hubs
+
+    for item in items:
+        if environments & set(getattr(item, "fixturenames", ())):
+            item.add_marker("process")
 
     def rank(item: pytest.Item) -> int:
         ranks = [slow.index(mark.name) + 1 for mark in item.iter_markers() if mark.name in slow]
@@ -772,3 +776,98 @@ def compose(tmp_path: Path) -> Iterator[Callable[[str], Compose]]:
     yield make
     for each in made:
         each.close()
+
+
+# A machine of its own -----------------------------------------------------------------------------
+
+# What a machine has for itself: processes, network, and these directories, whose changes are lost.
+# The environment in which this project is installed is at /opt/jupyterhub, as in the README.
+MACHINE = """
+"$3" -c 'import fcntl, socket, struct
+flags = struct.pack("16sh22x", b"lo", 0x41)  # up and running
+fcntl.ioctl(socket.socket(), 0x8914, flags)'
+mount -t tmpfs tmpfs "$1"
+for directory in /etc /usr/local/bin; do
+    mkdir -p "$1$directory"
+    cp -a $directory/. "$1$directory"
+    mount --bind "$1$directory" $directory
+done
+mkdir "$1/opt"
+mount --rbind /opt "$1/opt"
+for directory in /opt /run /srv /var/lib /var/log; do
+    mount -t tmpfs -o mode=755 tmpfs $directory
+done
+mkdir /var/lib/nginx /var/log/nginx
+for directory in "$1"/opt/*; do
+    mkdir /opt/${directory##*/}
+    mount --rbind "$directory" /opt/${directory##*/}
+done
+mkdir -p /opt/jupyterhub
+mount --bind "$2" /opt/jupyterhub
+printf '#!/bin/sh\\necho "$@" >> /run/systemctl\\n' > /usr/local/bin/systemctl
+printf '#!/bin/sh\\nexec "$@"\\n' > /usr/local/bin/sudo
+chmod 755 /usr/local/bin/systemctl /usr/local/bin/sudo
+touch "$1/ready"
+exec sleep infinity
+"""
+
+
+class Machine:
+    """A machine of its own, as far as an administrator sees, on which the README is followed.
+
+    There is no systemd: what ``systemctl`` is asked for is noted, and units are started by hand.
+    """
+
+    def __init__(self, directory: Path, environment: Path) -> None:
+        directory.mkdir()
+        script = ["sh", "-ec", MACHINE, "machine", str(directory), str(environment), sys.executable]
+        spaces = ["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self.holder = subprocess.Popen(["unshare", *spaces, *script])
+        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
+        wait_until(lambda: self.holder.poll() is not None or children.read_text())
+        self.first = children.read_text().split()[0]
+        ready = Path(f"/proc/{self.first}/root{directory}/ready")
+        wait_until(lambda: self.holder.poll() is not None or ready.exists())
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.log = directory.parent / "machine.log"
+
+    def enter(self, *command: str) -> list[str]:
+        """Return the command that runs another one there."""
+        spaces = ["nsenter", "--target", self.first, "--mount", "--net", "--pid"]
+        path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        return [*spaces, "env", "-i", f"PATH={path}", "LC_ALL=C.UTF-8", *command]
+
+    def run(self, script: str, directory: str = str(HERE)) -> str:
+        """Run lines of a shell there, until one fails; return what they print."""
+        command = self.enter("sh", "-ec", f"cd {directory}\n{script}")
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert run.returncode == 0, (script, run.stdout, run.stderr, self.log_text())
+        return run.stdout
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file there, which keeps its mode if it exists."""
+        subprocess.run(self.enter("sh", "-c", f"cat > {path}"), input=text.encode(), check=True)
+
+    def start(self, unit: str) -> None:
+        """Start what a unit of systemd describes, as its user."""
+        text = self.run(f"cat /etc/systemd/system/{unit}.service")
+        found = dict(re.findall(r"(?m)^(\w+)=(.*)$", text))
+        command = ["env", found["Environment"]]
+        if "User" in found:
+            ids = [f"--reuid={found['User']}", f"--regid={found['User']}", "--init-groups"]
+            able = "+" + found["AmbientCapabilities"].removeprefix("CAP_").lower()
+            command += ["setpriv", *ids, f"--inh-caps={able}", f"--ambient-caps={able}"]
+        command += shlex.split(found["ExecStart"])
+        script = f"cd {found.get('WorkingDirectory', '/')} && exec {shlex.join(command)}"
+        with open(self.log, "ab") as log:
+            entered = self.enter("sh", "-c", script)
+            self.processes.append(subprocess.Popen(entered, stdout=log, stderr=log))
+
+    def log_text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def close(self) -> None:
+        """End the machine, and with it all that runs there."""
+        self.holder.kill()
+        for process in (self.holder, *self.processes):
+            process.wait()

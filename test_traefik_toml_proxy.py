@@ -58,6 +58,7 @@ import random
 import re
 import resource
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -76,7 +77,7 @@ import xml.etree.ElementTree
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -86,6 +87,8 @@ import tornado.httpclient
 import tornado.websocket
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from jupyterhub.app import JupyterHub
+from jupyterhub.auth import Authenticator
 from prometheus_client.parser import text_string_to_metric_families
 from traitlets.config import Config
 
@@ -95,6 +98,7 @@ from conftest import (
     OLD_VERSIONS,
     Backends,
     Compose,
+    Machine,
     Nginx,
     Pebble,
     ProxyFactory,
@@ -1760,23 +1764,25 @@ def test_a_revision_is_told_again_and_again(answer: bytes | None, revision: str 
     assert not any(b"Authorization" in request for request in requests)
 
 
-def drip(server: socket.socket) -> None:
+def drip(server: socket.socket, drops: list[bytes]) -> None:
+    """Let 3,000 drops fall within half a minute, or fewer, if nobody takes them."""
     client, _ = server.accept()
     with client, contextlib.suppress(OSError):
         for _ in range(3000):
-            client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            drops.append(b"HTTP/1.1 100 Continue\r\n\r\n")
+            client.sendall(drops[-1])
             time.sleep(0.01)
 
 
 def test_a_revision_that_drips_does_not_hold_a_thread() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         api = api_at(f"http://127.0.0.1:{server.getsockname()[1]}", "", "")
-        thread = threading.Thread(target=drip, args=(server,), daemon=True)
+        drops: list[bytes] = []
+        thread = threading.Thread(target=drip, args=(server, drops), daemon=True)
         thread.start()
-        began = time.monotonic()
         assert api.revision(0.3) is None
-        assert time.monotonic() - began < 10
     thread.join()
+    assert 0 < len(drops) < 3000, "it did not wait for all of them"
 
 
 def test_the_api_is_asked_directly_with_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3529,9 +3535,7 @@ async def test_stop_does_not_wait_for_websockets(
     connection = await tornado.websocket.websocket_connect(url)
     await connection.write_message("x")
     assert await connection.read_message()
-    began = time.monotonic()
-    await made.stop()
-    assert time.monotonic() - began < 1  # what stop() promises
+    await asyncio.wait_for(made.stop(), 8)  # Traefik itself would wait for ten seconds
     assert await connection.read_message() is None
 
 
@@ -4212,11 +4216,9 @@ async def test_waiting_for_a_traefik_has_an_end(
     made.start_timeout = 300
     asking = asyncio.ensure_future(made.get_all_routes())
     await asyncio.sleep(0.2)
-    began = time.monotonic()
-    await made.stop()
+    await asyncio.wait_for(made.stop(), 60)
     with pytest.raises(RuntimeError, match="the proxy was stopped before"):
         await asking
-    assert time.monotonic() - began < 2
 
 
 @pytest.mark.process
@@ -4693,7 +4695,7 @@ def peek(
 def two_nodes(hub_port: int, directory: Path, headers: str) -> tuple[str, list[int]]:
     """Return two of the README's nginx, in its own words, and the ports on which they end TLS."""
     cert, key = make_certificate(directory / "front", HUB_NAME)
-    text, found = readme_block("nginx", "server_name"), []
+    text, found = example("fronts/nginx.conf"), []
     head, server, servers = text.partition("server {")
     for node in NODES:
         found.append(free_port())
@@ -4804,7 +4806,7 @@ def test_the_hub_sees_the_client_of_a_proxy_line(
     hub = whole_hub(f"""{PEEK}
 c.TraefikTomlProxy.proxy_protocol_from = ["127.0.0.2/31"]
 c.TraefikTomlProxy.command = {traefik_binary(version)!r}
-{readme_block("python", "X-Forwarded-Proto") if tls == "balancer" else ""}
+{shown("python", "X-Forwarded-Proto") if tls == "balancer" else ""}
 """)
     scheme, place = ("https", "/hub/home") if tls == "balancer" else ("http", "")
     for headers in ({}, SPOOFED):
@@ -5032,9 +5034,9 @@ async def test_a_hub_that_writes_during_a_check_loses_nothing(
 
 
 def traefik_1_and_3() -> list[str]:
-    """Return the two static files that stand side by side in the README."""
+    """Return the two static files that stand side by side in the recipes."""
     head = "| Traefik 1 | Traefik 3 |\n| --- | --- |\n"
-    table = (HERE / "README.md").read_text().partition(head)[2].partition("\n\n")[0]
+    table = (HERE / ".github" / "RECIPES.md").read_text().partition(head)[2].partition("\n\n")[0]
     rows = [line.strip("|").split(" | ") for line in table.splitlines()]
     files = []
     for column in zip(*rows, strict=True):
@@ -6105,6 +6107,9 @@ async def test_churn(
 # README -------------------------------------------------------------------------------------------
 
 
+DOCUMENTS = ("README.md", ".github/RECIPES.md", ".benchmark/README.md")
+
+
 def test_the_readme_knows_every_option() -> None:
     readme = (HERE / "README.md").read_text()
     options = [
@@ -6114,43 +6119,51 @@ def test_the_readme_knows_every_option() -> None:
     assert [name for name in options if f"`{name}`" not in readme] == []
 
 
-def readme_block(language: str, contains: str) -> str:
-    """Return the one fenced block of the README that contains a text."""
-    readme = (HERE / "README.md").read_text()
-    blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```$", readme, re.MULTILINE | re.DOTALL)
-    (found,) = [textwrap.dedent(block) for block in blocks if contains in block]
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Return the language and the text of each fenced block."""
+    found = re.findall(r"(?ms)^ *```(\w+)\n(.*?)^ *```$", text)
+    return [(language, textwrap.dedent(block)) for language, block in found]
+
+
+def shown(language: str, contains: str) -> str:
+    """Return the one fenced block of the documents that contains a text."""
+    blocks = [block for name in DOCUMENTS for block in fenced_blocks((HERE / name).read_text())]
+    (found,) = [text for kind, text in blocks if kind == language and contains in text]
     return found
 
 
+def example(name: str) -> str:
+    """Return the text of a file that the README has copied."""
+    return (HERE / ".examples" / name).read_text()
+
+
 @pytest.mark.process
-@pytest.mark.parametrize("own_api", [False, True])
-async def test_the_readmes_files_for_an_external_traefik_work(
-    make_proxy: ProxyFactory, backends: Backends, own_api: bool
+async def test_the_recipes_files_for_an_external_traefik_work(
+    make_proxy: ProxyFactory, backends: Backends
 ) -> None:
     directory = make_proxy.directory / "traefik"
     directory.mkdir()
     made = make_proxy(
         should_start=False,
-        enable_setup_dynamic_config=not own_api,
+        enable_setup_dynamic_config=False,
         traefik_api_username="api_admin",
         traefik_api_password="admin",
         toml_dynamic_config_file=str(directory / "rules.toml"),
     )
-    static = readme_block("toml", "[entryPoints.auth_api]")
-    static = static.replace(":8000", f":{port_of(made)}")
-    static = static.replace("127.0.0.1:8099", made.traefik_api_url.split("/")[2])
-    if own_api:
-        for file, pem in zip(
-            ("cert.pem", "key.pem"), proxy.placeholder_certificate(utc_now()), strict=True
-        ):
-            (directory / file).write_text(pem)
-        own = readme_block("toml", "[http.routers.api]") + readme_block("toml", "[tls.stores")
-        (directory / "own.toml").write_text(own.replace("/var/lib/traefik", str(directory)))
-        filename = 'filename = "/var/lib/traefik/rules.toml"'
-        assert filename in static
-        static = static.replace(filename, 'directory = "/var/lib/traefik"')
+    static = proxy.static_config(made.make_settings(), proxy.NEWEST)
+    filename = f'filename = "{directory}/rules.toml"'
+    assert filename in static
+    certificate = shown("bash", "placeholder.invalid")
+    assert certificate.count("/var/lib/traefik") == certificate.count("chgrp traefik") == 1
+    certificate = certificate.replace("/var/lib/traefik", str(directory))
+    subprocess.run(
+        ["sh", "-ec", certificate.replace("chgrp traefik", f"chgrp {os.getgid()}")], check=True
+    )
+    assert stat.S_IMODE((directory / "key.pem").stat().st_mode) == 0o640
+    own = shown("toml", "[http.routers.api]") + shown("toml", "[tls.stores")
+    (directory / "own.toml").write_text(own.replace("/var/lib/traefik", str(directory)))
     static_file = make_proxy.directory / "traefik.toml"
-    static_file.write_text(static.replace("/var/lib/traefik", str(directory)))
+    static_file.write_text(static.replace(filename, f'directory = "{directory}"'))
     make_proxy.start_traefik(str(static_file), installed_traefik())
     await made.add_route("/user/a/", backends("a"), {})
     assert who(port_of(made), "/user/a/") == "a"
@@ -6158,18 +6171,9 @@ async def test_the_readmes_files_for_an_external_traefik_work(
     assert fetch(api_port, "/dashboard/")[0] == 401
 
 
-@pytest.mark.process
-def test_the_readme_shows_what_static_config_prints(setup: Setup) -> None:
-    block = readme_block("python", '.toml_dynamic_config_file = "/var/lib/traefik/rules.toml"')
-    block = block.replace('"traefik_toml"', '"traefik_toml_proxy.TraefikTomlProxy"')
-    block += f"c.TraefikTomlProxy.command = {installed_traefik()!r}\n"
-    (setup.directory / "jupyterhub_config.py").write_text(block)
-    assert setup.run("static-config") == readme_block("toml", "[entryPoints.auth_api]")
-
-
 def test_the_readme_shows_what_check_prints(setup: Setup) -> None:
-    shown = readme_block("text", "$ traefik-toml-proxy check")
-    names = re.findall(r"(?m)^(?:ok|warn|FAIL) +(\w+): ", shown)
+    printed = shown("text", "$ traefik-toml-proxy check")
+    names = re.findall(r"(?m)^(?:ok|warn|FAIL) +(\w+): ", printed)
     setup.configure()
     assert names == list(setup.check(fails=True))
 
@@ -6223,10 +6227,9 @@ def messages() -> dict[int, str]:
     return found
 
 
-def test_the_readme_has_a_cure_for_every_message() -> None:
-    readme = (HERE / "README.md").read_text()
-    section = readme.partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
-    cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:3] == "| `"]
+def test_there_is_a_cure_for_every_message() -> None:
+    text = (HERE / ".github" / "MESSAGES.md").read_text()
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:3] == "| `"]
     assert [row for row in cells if len(row) != 2 or len(row[1]) < 5] == []
     known = "".join(re.findall(r"\w+", "\n".join(row[0] for row in cells)))
     unknown = {}
@@ -6239,10 +6242,10 @@ def test_the_readme_has_a_cure_for_every_message() -> None:
 
 
 @pytest.mark.process
-async def test_the_readmes_access_log_keeps_secrets_out(
+async def test_the_recipes_access_log_keeps_secrets_out(
     make_proxy: ProxyFactory, backends: Backends, tmp_path: Path
 ) -> None:
-    block, log = readme_block("python", "accessLog"), tmp_path / "access.log"
+    block, log = shown("python", "accessLog"), tmp_path / "access.log"
     config = Config()
     exec(block.replace("/var/log/jupyterhub/access.log", str(log)), {"c": config})
     made = make_proxy(**config.TraefikTomlProxy)
@@ -6288,9 +6291,7 @@ url = "{backends("admins")}"
 """
     )
     extra = tomli.loads(
-        readme_block("toml", "refuses them unless told so").replace(
-            "entryPoints.http", f"entryPoints.{scheme}"
-        )
+        example("tljh/jupyter.toml").replace("entryPoints.http", f"entryPoints.{scheme}")
     )
 
     if version == "newest":  # what the README says of it
@@ -6306,7 +6307,7 @@ url = "{backends("admins")}"
         }
         code = f"def load_config():\n    return {settings}\n"
         (tmp_path / "tljh" / "configurer.py").write_text(code)
-        snippet = readme_block("python", "tljh.configurer").replace("/opt/tljh/state", str(state))
+        snippet = example("tljh/traefik_toml.py").replace("/opt/tljh/state", str(state))
         (tmp_path / "traefik_toml.py").write_text(snippet)
         public: dict[str, Any] = {
             "address": f"127.0.0.1:{hub.port}",
@@ -6367,6 +6368,11 @@ load_subconfig("{tmp_path}/traefik_toml.py")
     check = [sys.executable, "-m", "traefik_toml_proxy", "check", "--json"]
     found = json.loads(subprocess.check_output(check, cwd=hub.directory))
     assert [item for item in found if item["level"] != "ok"] == []
+    # The README asks for the file alone, which does not know where the hub is to be seen.
+    alone = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    (tmp_path / "alone.py").write_text(alone + (tmp_path / "traefik_toml.py").read_text())
+    found = json.loads(subprocess.check_output([*check, "-f", str(tmp_path / "alone.py")]))
+    assert {item["check"] for item in found if item["level"] != "ok"} <= {"certificates"}
     (rules / "rules.toml").write_text("")  # as `tljh-config reload proxy` does
     wait_until(lambda: hub.request(f"{base}api/status").status == 404)
     check_routes = f"http://127.0.0.1:{hub.hub_port}/hub/api/proxy"
@@ -6377,7 +6383,7 @@ load_subconfig("{tmp_path}/traefik_toml.py")
 
 def container_files(hub: WholeHub, directory: Path) -> None:
     """Write the README's traefik.toml for containers, with the ports of a hub."""
-    static = readme_block("toml", "/srv/rules")
+    static = example("compose/traefik.toml")
     static = static.replace('":8000"', f'"127.0.0.1:{hub.port}"').replace("8099", str(hub.api_port))
     (directory / "traefik.toml").write_text(static)
 
@@ -6387,7 +6393,7 @@ def container_files(hub: WholeHub, directory: Path) -> None:
 def test_the_readmes_containers_work_and_start_in_any_order(
     whole_hub: Callable[..., WholeHub], compose: Callable[[str], Compose], tmp_path: Path
 ) -> None:
-    containers = compose(readme_block("yaml", "services:"))
+    containers = compose(example("compose/compose.yaml"))
     services, directory = containers.services, tmp_path / "hub"
     assert services["network"]["ports"] == ["8000:8000"]
     assert services["hub"]["network_mode"] == services["traefik"]["network_mode"]
@@ -6403,7 +6409,7 @@ def test_the_readmes_containers_work_and_start_in_any_order(
         wait_until(lambda: not hub.port_is_free())
         assert os.listdir(rules.parent) == []
 
-    config = TESTER + readme_block("python", "/srv/rules/rules.toml")
+    config = TESTER + example("compose/hub/jupyterhub_config.py")
     command = containers.command("hub")
     hub = whole_hub(config, directory=directory, command=command, before=before)
     base = run_server(hub, "alice")
@@ -6439,7 +6445,7 @@ async def test_a_mounted_file_stays_the_old_one(
     compose: Callable[[str], Compose],
     tmp_path: Path,
 ) -> None:
-    containers = compose(readme_block("yaml", "services:"))
+    containers = compose(example("compose/compose.yaml"))
     volumes = containers.services["traefik"]["volumes"]
     made = make_proxy(
         should_start=False,
@@ -6491,18 +6497,18 @@ def test_hub_and_traefik_as_two_users(
         pwd.getpwnam("daemon" if owner == "jupyterhub" else "root"),
         pwd.getpwnam("nobody"),
     )
-    containers = compose(readme_block("yaml", "services:"))
+    containers = compose(example("compose/compose.yaml"))
     services, directory, shared = containers.services, tmp_path / "hub", tmp_path / "rules"
     directory.mkdir()
     os.chown(directory, hubs.pw_uid, hubs.pw_gid)
-    (steps,) = re.findall(
-        f"^install .*-o {owner} -g traefik .*(?:\n.*)*",
-        readme_block("bash", f"-o {owner} -g traefik"),
-        re.MULTILINE,
+    commands = re.findall(
+        rf"(?m)^ *(install .*-o {owner} -g traefik .*)$",
+        "\n".join((HERE / name).read_text() for name in DOCUMENTS),
     )
-    steps = steps.replace(f"-o {owner} -g traefik", f"-o {hubs.pw_uid} -g {traefiks.pw_gid}")
-    steps = steps.replace("/var/lib/traefik", str(shared))
-    subprocess.run(["sh", "-ec", steps], check=True)
+    assert len(commands) == {"root": 1, "jupyterhub": 2}[owner]
+    script = "\n".join(commands).replace("/var/lib/traefik", str(shared))
+    script = script.replace(f"-o {owner} -g traefik", f"-o {hubs.pw_uid} -g {traefiks.pw_gid}")
+    subprocess.run(["sh", "-ec", script], check=True)
     rules = shared / "rules.toml"
     made = rules.stat()
 
@@ -6519,7 +6525,7 @@ def test_hub_and_traefik_as_two_users(
         wait_until(lambda: not hub.port_is_free())
         assert os.stat(f"/proc/{traefik.pid}").st_uid == traefiks.pw_uid
 
-    config = readme_block("python", "/srv/rules/rules.toml")
+    config = example("compose/hub/jupyterhub_config.py")
     config += f'c.JupyterHub.services = [{{"name": "echo", "url": "{backends("echo")}"}}]'
     hub = whole_hub(config, directory=directory, command=containers.command("hub"), before=before)
     assert os.stat(f"/proc/{hub.process.pid}").st_uid == hubs.pw_uid
@@ -6532,8 +6538,8 @@ def test_hub_and_traefik_as_two_users(
 
 
 def middlewares(scheme: str, burst: int, networks: str, base: str = "/") -> dict[str, Any]:
-    """Return the options of the README's block of middlewares, with other values."""
-    block = readme_block("python", "# browsers insist on https")
+    """Return the options of the recipe for middlewares, with other values."""
+    block = shown("python", "# browsers insist on https")
     values = {'"/"  #': f"{base!r}  #", '"https"  #': f"{scheme!r}  #", " 100,": f" {burst},"}
     for old, new in {**values, '["10.0.0.0/8", "2001:db8::/32"]': networks}.items():
         assert block.count(old) == 1, old
@@ -6550,7 +6556,7 @@ def curl(source: str, *options: str) -> str:
 
 @pytest.mark.process
 @pytest.mark.parametrize("version", ["newest", "3.6.4"])
-async def test_the_readmes_middlewares_refuse_as_it_says(
+async def test_the_recipes_middlewares_refuse_as_it_says(
     make_proxy: ProxyFactory,
     backends: Backends,
     tmp_path: Path,
@@ -6622,6 +6628,276 @@ def test_log_ins_are_limited(whole_hub: Callable[..., WholeHub], base: str) -> N
     assert hub.log().count(f'the service \\"{base.replace("/", "_")}@file\\" does not exist') == 1
 
 
+# What is not run by the tests, and why.
+BY_HAND = {
+    "flowchart": "a picture: it was drawn in a browser",
+    "docker compose": "needs a container engine: the same files run as processes",
+    "tljh-config": "needs a Littlest JupyterHub: its files and its empty rules.toml are tested",
+    "hub/bin/traefik-toml-proxy": "the same; the command is tested",
+    "/opt/tljh/hub/bin/python3 -m pip": "the same",
+    "a2enmod": "Apache, by hand",
+    "/etc/caddy": "Caddy, by hand",
+    "nft": "needs a kernel with nftables, by hand",
+    "npm install": "the benchmark itself",
+    "table inet": "nftables, by hand",
+    "pytest": ".ci/run runs the tests, and CONTRIBUTING says what the others are",
+}
+
+
+def steps(heading: str) -> list[tuple[str, str, str]]:
+    """Return the blocks of a section of the README: language, text, and the file to write."""
+    readme = (HERE / "README.md").read_text()
+    section = readme.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    found = []
+    for before, language, text in re.findall(r"(?ms)(.*?)^ *```(\w+)\n(.*?)^ *```$", section):
+        paths = re.findall(r"Write `(/\S+)`", before)
+        found.append((language, textwrap.dedent(text), paths[-1] if paths else ""))
+    return found
+
+
+def is_up(machine: Machine, url: str, *options: str) -> bool:
+    """Whether a machine's hub shows its log-in page."""
+    said = machine.run(f"curl -skL {shlex.join(options)} {url} || true")
+    assert "Traceback" not in machine.log_text()
+    return "Sign in" in said
+
+
+def follow(machine: Machine, heading: str, before_start: str = "") -> str:
+    """Do what a set-up of the README says, and return what the last of its commands prints.
+
+    ``before_start`` is run before units start. Of alternatives the first one is taken.
+    """
+    printed = ""
+    for language, text, path in steps(heading):
+        if language != "bash":
+            machine.write(path, text)
+            continue
+        text = text.partition("# or ")[0]
+        # The environment that this line makes is there already.
+        text = re.sub(r"python3 -m venv (/opt/jupyterhub) && \1/bin/pip install .*", "", text)
+        if "systemctl daemon-reload" in text:
+            machine.run(before_start)
+        elif "check" in text:
+            wait_until(lambda: is_up(machine, "http://127.0.0.1:8000/hub/login"), 60)
+        printed = machine.run(text)
+        for unit in re.findall(r"enable --now (.*)", text):
+            for name in unit.split():
+                machine.start(name)
+    return printed
+
+
+@pytest.fixture
+def machine(user_python: str, tmp_path: Path) -> Iterator[Machine]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can have a machine of its own")
+    made = Machine(tmp_path / "machine", Path(user_python).parent.parent)
+    yield made
+    made.close()
+
+
+@pytest.mark.process
+@pytest.mark.hub
+def test_the_readmes_first_command_serves_a_hub(machine: Machine) -> None:
+    install, _, serve = shown("bash", "DummyAuthenticator").rpartition(" && ")
+    assert install.endswith("pip install '.[demo]'")
+    said = shown("text", "is now running")
+    program = "/opt/jupyterhub/bin/" + serve.strip() + " --Spawner.args=--allow-root"
+    script = f"PATH=/opt/jupyterhub/bin:$PATH; cd /srv; {program} > log 2>&1 & "
+    script += "for i in $(seq 200); do grep 'is now running' /srv/log && exit; sleep 0.1; done"
+    assert machine.run(script).strip().endswith(said.strip())
+    assert is_up(machine, "http://127.0.0.1:8000/")
+
+
+@pytest.mark.process
+@pytest.mark.hub
+@pytest.mark.parametrize("heading", ["The hub starts Traefik", "systemd starts Traefik"])
+def test_a_set_up_of_the_readme(machine: Machine, heading: str) -> None:
+    printed = follow(machine, heading)
+    assert [line[:4] for line in printed.splitlines()] == ["ok  "] * 7, printed
+    assert machine.run("cat /run/systemctl").count("enable") == 1
+    if "systemd" in heading:
+        owners = "grep -lx traefik /proc/[0-9]*/comm | xargs stat -c %U; "
+        mode = "stat -c %a /srv/jupyterhub/jupyterhub_config.py"
+        assert machine.run(owners + mode).split() == ["traefik", "600"]
+
+
+@pytest.mark.process
+@pytest.mark.hub
+def test_the_readmes_set_up_behind_nginx(machine: Machine) -> None:
+    if not shutil.which("nginx"):
+        pytest.skip("needs nginx: apt-get install nginx-light")
+    machine.run(
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 9"
+        " -subj /CN=hub.example.org -keyout /etc/ssl/hub.key -out /etc/ssl/hub.pem"
+    )
+    follow(machine, "Behind another proxy", before_start="nginx")
+    address = ("--resolve", "hub.example.org:443:127.0.0.1")
+    wait_until(lambda: is_up(machine, "https://hub.example.org/", *address), 60)
+    assert "trusted_proxies" not in machine.log_text()
+
+
+# A Traefik that serves a site from a directory, and its two files.
+OTHER_TRAEFIK = """
+[api]
+[entryPoints.web]
+address = ":80"
+[providers.file]
+directory = "/etc/traefik/conf.d"
+watch = true
+"""
+OTHER_SITE = """
+[http.routers.site]
+rule = "Host(`www.example.org`)"
+entryPoints = ["web"]
+service = "site"
+[http.services.site.loadBalancer]
+servers = [{url = "http://127.0.0.1:9000"}]
+"""
+
+
+@pytest.mark.process
+@pytest.mark.hub
+def test_the_readmes_set_up_beside_other_sites(machine: Machine) -> None:
+    install, (_, config, path), look, start, (_, second, _) = steps("Beside other sites")
+    machine.run("useradd --system traefik && mkdir -p /etc/traefik/conf.d /srv/site /srv/physics")
+    machine.run("install -m 755 /opt/jupyterhub/bin/traefik /usr/local/bin/traefik")
+    machine.run("install .examples/systemd/traefik.service /etc/systemd/system/")
+    machine.write("/etc/traefik/traefik.toml", OTHER_TRAEFIK)
+    machine.write("/etc/traefik/conf.d/site.toml", OTHER_SITE)
+    machine.write("/srv/site/index.html", "main site")
+    machine.run("(cd /srv/site && exec python3 -m http.server 9000 >/dev/null 2>&1) &")
+
+    machine.run(install[1].split("\n", 1)[1])
+    machine.write(path, config)
+    printed = machine.run(look[1].replace("check\n", "check || true\n"))
+    lacks = "FAIL  static: /etc/traefik/traefik.toml has no [entryPoints.auth_api]"
+    assert lacks in printed
+    (added,) = re.findall(r"(?m)^\[entryPoints.auth_api\]\n.*\n", printed)
+    machine.write("/etc/traefik/traefik.toml", OTHER_TRAEFIK + added)
+    machine.start("traefik")
+    enable, check = start[1].strip().split("\n")
+    machine.run(enable)
+    machine.start("jupyterhub")
+    page, name = "http://127.0.0.1/jupyter/", "Host: www.example.org"
+    wait_until(lambda: is_up(machine, page, "-H", name), 60)
+    printed = machine.run(check)
+    assert {line[:4] for line in printed.splitlines()} == {"ok  ", "warn"}, printed
+    assert "main site" in machine.run(f"curl -s -H '{name}' http://127.0.0.1/")
+    assert "404 page not found" in machine.run(f"curl -s {page}"), "another name"
+
+    file = "/etc/traefik/conf.d/rules.toml"
+    (make_file,) = [line for line in install[1].splitlines() if file in line]
+    machine.run(make_file.replace("rules.toml", "physics.toml"))
+    machine.write("/srv/physics/jupyterhub_config.py", config + second)
+    unit = "/etc/systemd/system/jupyterhub.service"
+    machine.run(f"sed 's|/srv/jupyterhub|/srv/physics|' {unit} > {unit.replace('hub.', 'hub2.')}")
+    machine.start("jupyterhub2")
+    wait_until(lambda: is_up(machine, "http://127.0.0.1/physics/", "-H", name), 60)
+    assert is_up(machine, page, "-H", name), "the first one is there, too"
+    for place in ("jupyterhub", "physics"):
+        printed = machine.run("/opt/jupyterhub/bin/traefik-toml-proxy check", f"/srv/{place}")
+        assert "\nok    dynamic: " in printed
+        assert "FAIL" not in printed
+
+
+@pytest.mark.process
+def test_the_readmes_files_are_copied(machine: Machine) -> None:
+    (_, copy, _) = steps("docker compose")[0]
+    assert machine.run(f"{copy}\npwd").strip() == "/srv/jupyterhub"
+    files = machine.run("find . -type f | sort", "/srv/jupyterhub").split()
+    assert files == ["./compose.yaml", "./hub/jupyterhub_config.py", "./traefik.toml"]
+    copy, rename = (text for _, text, _ in steps("The Littlest JupyterHub")[1:3])
+    config = "/opt/tljh/config"
+    machine.run(copy)
+    assert machine.run(f"cat {config}/jupyterhub_config.d/*") == example("tljh/traefik_toml.py")
+    assert machine.run(f"cat {config}/traefik_config.d/*") == example("tljh/jupyter.toml")
+    machine.run(rename)
+    renamed = tomli.loads(machine.run(f"cat {config}/traefik_config.d/*"))
+    assert renamed == {
+        "entryPoints": {"https": tomli.loads(example("tljh/jupyter.toml"))["entryPoints"]["http"]}
+    }
+
+
+def calls_of(*names: str) -> list[list[str]]:
+    """Return the texts that this file hands to some of its functions."""
+    tree = ast.parse(Path(__file__).read_text())
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    found = (call.args for call in calls if dotted(call.func) in names)
+    return [[node.value for node in args if isinstance(node, ast.Constant)] for args in found]
+
+
+def test_all_that_the_documents_show_is_tested() -> None:
+    asked = [args for args in calls_of("shown") if len(args) == 2]
+    followed = {args[0] for args in calls_of("follow", "steps") if args}
+    followed |= {"The hub starts Traefik", "systemd starts Traefik"}
+    taken = [text for heading in followed for _, text, _ in steps(heading)]
+    options = blocks_of_options()
+    left = []
+    for name in DOCUMENTS:
+        for language, text in fenced_blocks((HERE / name).read_text()):
+            tested = text in taken or text in options or any(word in text for word in BY_HAND)
+            if not (tested or any(kind == language and part in text for kind, part in asked)):
+                left.append(text)
+    assert left == []
+    assert len(taken) > 20
+
+
+def blocks_of_options() -> list[str]:
+    """Return the blocks that set options of JupyterHub."""
+    blocks = [block for name in DOCUMENTS for block in fenced_blocks((HERE / name).read_text())]
+    texts = [path.read_text() for path in (HERE / ".examples").rglob("*.py")]
+    return [text for language, text in blocks if language == "python"] + texts
+
+
+@pytest.mark.parametrize("text", blocks_of_options())
+def test_the_options_that_the_documents_set_exist_and_fit(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tljh = ModuleType("tljh.configurer")
+    api = {"port": 8099, "username": "a", "password": "b"}
+    tljh.load_config = lambda: {"traefik_api": api, "https": {"enabled": True}}
+    monkeypatch.setitem(sys.modules, "tljh.configurer", tljh)
+    config, kinds = Config(), (TraefikTomlProxy, JupyterHub, Authenticator)
+    exec(text, {"c": config, "__file__": str(HERE / "jupyterhub_config.py")})
+    assert config
+    for section, options in config.items():
+        (kind,) = {kind for kind in kinds if section in [base.__name__ for base in kind.mro()]}
+        traits = kind.class_traits(config=True)
+        assert set(options) <= set(traits), section
+        if kind is TraefikTomlProxy:
+            TraefikTomlProxy(**options)  # raises where a value has the wrong type
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len((HERE / "README.md").read_text().splitlines()) <= 600
+    pages = [HERE / "README.md", HERE / ".benchmark" / "README.md"]
+    pages += (HERE / ".github").glob("*.md")
+    places: dict[Path, set[str]] = {}
+    for page in pages:
+        heads = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?ms)^ *```.*?^ *```$", "", page.read_text()))
+        kept = (re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads)
+        places[page] = {*kept, ""}
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            name, _, anchor = link.partition("#")
+            if "://" not in link:
+                target = (page.parent / name).resolve() if name else page
+                assert target.exists(), f"{page}: {link}"
+                assert anchor in places.get(target, {""}), f"{page}: {link}"
+
+
+def test_the_symptoms_show_what_the_commands_say() -> None:
+    readme = (HERE / "README.md").read_text()
+    section = readme.partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
+    known = "".join(re.findall(r"\w+", "\n".join(messages().values())))
+    spans = re.findall(r"`(?:ok|warn|FAIL) +(\w+): (.*?)`", section)
+    assert len(spans) >= 7
+    for name, text in spans:
+        assert hasattr(proxy.Check, name) or name == "api"
+        for part in re.split("…|/[a-z/.]+", text):
+            assert "".join(re.findall(r"\w+", part)) in known, part
+
+
 # Packaging ----------------------------------------------------------------------------------------
 
 
@@ -6643,17 +6919,26 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 def test_the_distributions_hold_what_they_should(distributions: tuple[Path, Path]) -> None:
     sdist, wheel = distributions
     name = f"traefik_toml_proxy-{proxy.__version__}"
+    folders = (HERE / folder for folder in (".benchmark", ".examples", ".github"))
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    documents = {str(path.relative_to(HERE)) for path in files}
+    assert len(documents) > 15
+    licence = (HERE / ".github" / "LICENSE").read_bytes()
     with tarfile.open(sdist) as archive:
+        assert archive.extractfile(f"{name}/.github/LICENSE").read() == licence
         assert {path.removeprefix(f"{name}/") for path in archive.getnames()} == {
             *("traefik_toml_proxy.py", "test_traefik_toml_proxy.py", "conftest.py"),
             *("pyproject.toml", "README.md", "PKG-INFO", ".gitignore", ".stubs/__init__.pyi"),
+            *documents,
         }
     with zipfile.ZipFile(wheel) as archive:
         module, stubs = "traefik_toml_proxy.py", "traefik_toml_proxy-stubs/__init__.pyi"
         assert {path.replace(f"{name}.dist-info", "info") for path in archive.namelist()} == {
             *(module, stubs),
             *("info/METADATA", "info/WHEEL", "info/RECORD", "info/entry_points.txt"),
+            "info/licenses/.github/LICENSE",
         }
+        assert archive.read(f"{name}.dist-info/licenses/.github/LICENSE") == licence
         source = (HERE / "traefik_toml_proxy.py").read_bytes()
         assert archive.read(module) == archive.read(stubs) == source
 
@@ -6684,6 +6969,7 @@ def check_installed(python: str, directory: Path, site: Path, **environ: str) ->
     assert "Typing :: Typed" in found["Classifier"]
     assert found["Summary"][0] in (HERE / "pyproject.toml").read_text()
     assert len(found["Project-URL"]) == 2
+    assert found["License-File"] == [".github/LICENSE"]
     needed = [re.match(r"[\w-]+", line)[0] for line in found["Requires-Dist"] if ";" not in line]
     assert sorted(needed) == ["jupyterhub", "tomli", "tomli-w", "traitlets"]
     assert found["readme"].strip() == (HERE / "README.md").read_text().strip()
@@ -6693,8 +6979,9 @@ def check_installed(python: str, directory: Path, site: Path, **environ: str) ->
 def user_python(
     distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """A Python of a user who installed the wheel."""
-    with new_environment(tmp_path_factory.mktemp("user"), str(distributions[1])) as python:
+    """A Python of a user who installed the wheel, with what the README has to try it."""
+    wheel = f"traefik-toml-proxy[demo] @ {distributions[1].as_uri()}"
+    with new_environment(tmp_path_factory.mktemp("user"), wheel) as python:
         yield python
 
 
@@ -6767,7 +7054,7 @@ def test_the_file_lies_beside_the_configuration(
     home.mkdir()
     shutil.copy(HERE / "traefik_toml_proxy.py", home)
     command = f"c.TraefikTomlProxy.command = {installed_traefik()!r}"
-    config = readme_block("python", "sys.path.insert") + command
+    config = shown("python", "sys.path.insert") + command
     hub = whole_hub(config, python=bare_python, home=home)
     assert "Using Proxy: traefik_toml_proxy.TraefikTomlProxy" in hub.log()
     assert "Sign in" in hub.follow("/")[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# Copyright (c) 2026, the developers of traefik-toml-proxy. Licence text: README.md.
+# Copyright (c) 2026, the developers of traefik-toml-proxy. Licence text: .github/LICENSE.
 """Traefik as the front door of a small JupyterHub, through two TOML files and nothing else.
 
 In ``jupyterhub_config.py``, with this file installed or lying beside it::
@@ -80,7 +80,7 @@ from jupyterhub.traitlets import Command
 from traitlets import Bool, CaselessStrEnum, Dict, Float, Integer, List, Unicode
 
 __all__ = ["TraefikTomlProxy"]
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 Table = dict[str, Any]  # of TOML or JSON
 Result = TypeVar("Result")
