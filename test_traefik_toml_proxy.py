@@ -6670,11 +6670,11 @@ def steps(heading: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def is_up(machine: Machine, url: str, *options: str) -> bool:
-    """Whether a machine's hub shows its log-in page."""
-    said = machine.run(f"curl -skL {shlex.join(options)} {url} || true")
+def wait_up(machine: Machine, url: str, *options: str) -> None:
+    """Wait until a machine's hub shows its log-in page."""
+    ask = f"curl -skL {shlex.join(options)} {url} | grep -q 'Sign in'"
+    machine.run(f"for i in $(seq 200); do {ask} && exit; sleep 0.2; done; exit 1")
     assert "Traceback" not in machine.log_text()
-    return "Sign in" in said
 
 
 def follow(machine: Machine, heading: str, before_start: str = "") -> str:
@@ -6693,7 +6693,7 @@ def follow(machine: Machine, heading: str, before_start: str = "") -> str:
         if "systemctl daemon-reload" in text:
             machine.run(before_start)
         elif "check" in text:
-            wait_until(lambda: is_up(machine, "http://127.0.0.1:8000/hub/login"), 60)
+            wait_up(machine, "http://127.0.0.1:8000/hub/login")
         printed = machine.run(text)
         for unit in re.findall(r"enable --now (.*)", text):
             for name in unit.split():
@@ -6720,7 +6720,7 @@ def test_the_readmes_first_command_serves_a_hub(machine: Machine) -> None:
     script = f"PATH=/opt/jupyterhub/bin:$PATH; cd /srv; {program} > log 2>&1 & "
     script += "for i in $(seq 200); do grep 'is now running' /srv/log && exit; sleep 0.1; done"
     assert machine.run(script).strip().endswith(said.strip())
-    assert is_up(machine, "http://127.0.0.1:8000/")
+    wait_up(machine, "http://127.0.0.1:8000/")
 
 
 @pytest.mark.process
@@ -6750,7 +6750,7 @@ def test_the_readmes_set_up_behind_nginx(machine: Machine) -> None:
     )
     follow(machine, "Behind another proxy", before_start="nginx")
     address = ("--resolve", "hub.example.org:443:127.0.0.1")
-    wait_until(lambda: is_up(machine, "https://hub.example.org/", *address), 60)
+    wait_up(machine, "https://hub.example.org/", *address)
     assert "trusted_proxies" not in machine.log_text()
 
 
@@ -6797,7 +6797,7 @@ def test_the_readmes_set_up_beside_other_sites(machine: Machine) -> None:
     machine.run(enable)
     machine.start("jupyterhub")
     page, name = "http://127.0.0.1/jupyter/", "Host: www.example.org"
-    wait_until(lambda: is_up(machine, page, "-H", name), 60)
+    wait_up(machine, page, "-H", name)
     printed = machine.run(check)
     assert {line[:4] for line in printed.splitlines()} == {"ok  ", "warn"}, printed
     assert "main site" in machine.run(f"curl -s -H '{name}' http://127.0.0.1/")
@@ -6810,12 +6810,11 @@ def test_the_readmes_set_up_beside_other_sites(machine: Machine) -> None:
     unit = "/etc/systemd/system/jupyterhub.service"
     machine.run(f"sed 's|/srv/jupyterhub|/srv/physics|' {unit} > {unit.replace('hub.', 'hub2.')}")
     machine.start("jupyterhub2")
-    wait_until(lambda: is_up(machine, "http://127.0.0.1/physics/", "-H", name), 60)
-    assert is_up(machine, page, "-H", name), "the first one is there, too"
-    for place in ("jupyterhub", "physics"):
-        printed = machine.run("/opt/jupyterhub/bin/traefik-toml-proxy check", f"/srv/{place}")
-        assert "\nok    dynamic: " in printed
-        assert "FAIL" not in printed
+    wait_up(machine, "http://127.0.0.1/physics/", "-H", name)
+    wait_up(machine, page, "-H", name)  # the first one is there, too
+    printed = machine.run("/opt/jupyterhub/bin/traefik-toml-proxy check", "/srv/physics")
+    assert "\nok    dynamic: " in printed
+    assert "FAIL" not in printed
 
 
 @pytest.mark.process
