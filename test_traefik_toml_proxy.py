@@ -540,7 +540,7 @@ def test_addresses_that_are_none(url: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"should_start": False}, "no credentials: set c.TraefikTomlProxy.traefik_api_username"),
+        ({"should_start": False}, "needs credentials: set c.TraefikTomlProxy.traefik_api_username"),
         ({"traefik_entrypoint": "auth_api"}, "API would be public"),
         ({"redirect_http_port": 80}, "redirect_http_port needs a JupyterHub.bind_url with https"),
         ({"letsencrypt_domains": ["x"]}, "letsencrypt_domains needs letsencrypt_email"),
@@ -4146,7 +4146,7 @@ async def test_a_user_name_that_http_cannot_carry_is_named(make_proxy: ProxyFact
 @pytest.mark.process
 async def test_missing_credentials_name_the_options(make_proxy: ProxyFactory) -> None:
     made = make_proxy(should_start=False)
-    words = "should_start is False and has no credentials: set c.TraefikTomlProxy.traefik_api_user"
+    words = "should_start = False needs credentials: set c.TraefikTomlProxy.traefik_api_user"
     with pytest.raises(ValueError, match=words):
         await made.get_all_routes()
     assert os.listdir(make_proxy.directory) == []
@@ -4931,8 +4931,11 @@ def setup(
 
 
 def levels(found: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """Return the names and levels of all findings that are not ok."""
-    return {name: level for name, (level, _) in found.items() if level != "ok"}
+    """Return the names and levels of all findings that are not ok.
+
+    But for the hub, which does not run in most of these tests: see the test of that line.
+    """
+    return {name: level for name, (level, _) in found.items() if level != "ok" and name != "hub"}
 
 
 @pytest.mark.process
@@ -4978,6 +4981,60 @@ def test_older_releases_take_the_static_config_and_pass_the_check(
     found = setup.check()
     assert levels(found) == {}
     assert f"is Traefik {version}" in found["traefik"][1]
+
+
+def test_check_tells_whether_the_hub_runs(setup: Setup, backends: Backends) -> None:
+    setup.configure()
+    nowhere = f"{setup.rules} has no route of a hub: start it, or see its log"
+    assert setup.check(fails=True)["hub"] == ("warn", nowhere)
+    user, alive = ("http://127.0.0.1:1", {"user": "a", "server_name": ""}), backends("hub")
+    write_routes(setup, {"/user/a/": user})
+    assert setup.check(fails=True)["hub"] == ("warn", nowhere)
+    write_routes(setup, {"/user/a/": user, "/": (alive, {"hub": True})})
+    assert setup.check(fails=True)["hub"] == ("ok", f"the hub accepts connections at {alive}")
+    dead = f"http://127.0.0.1:{free_port()}"
+    write_routes(setup, {"/base/": (dead, {"hub": True})})
+    words = f"no hub answers at {dead} (Connection refused): start it, or see its log"
+    assert setup.check(fails=True)["hub"] == ("FAIL", words)
+
+
+@pytest.mark.process
+async def test_check_names_who_answers_in_the_place_of_the_hubs_traefik(setup: Setup) -> None:
+    setup.configure(should_start=True)
+    serve = "import http.server as s, sys; "
+    serve += "s.HTTPServer(('127.0.0.1', int(sys.argv[1])), s.SimpleHTTPRequestHandler)"
+    program = [sys.executable, "-c", f"{serve}.serve_forever()", str(setup.api_port)]
+    process = subprocess.Popen(program, stderr=subprocess.DEVNULL)
+    setup.factory.processes.append(process)
+    await asyncio.to_thread(wait_until, lambda: proxy.port_holder(setup.api_port))
+    found = setup.check(fails=True)["api"]
+    assert found[0] == "FAIL"
+    words = f"status 404; the port of traefik_api_url is held by pid {process.pid}, "
+    assert words in found[1]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("named_by", ["bind_url", "public_url"])
+async def test_check_tells_a_certificate_for_another_name(
+    setup: Setup, backends: Backends, tmp_path: Path, named_by: str
+) -> None:
+    cert, key = make_certificate(tmp_path / "own", "other.example.org", "*.wild.example.org")
+    setup.configure(should_start=True)
+    setup.options["JupyterHub.bind_url"] = f"https://127.0.0.1:{setup.port}"
+    setup.options |= {"JupyterHub.ssl_cert": cert, "JupyterHub.ssl_key": key}
+    made = setup.hub(app=stand_in_app(ssl_cert=cert, ssl_key=key))
+    await made.start()
+    setup.configure()
+    assert setup.check()["certificates"][0] == "ok", "an address is no name"
+    names = {"localhost": "warn"}
+    if named_by == "public_url":
+        names = {"hub.example.org": "warn", "other.example.org": "ok", "a.wild.example.org": "ok"}
+    for name, level in names.items():
+        setup.options[f"JupyterHub.{named_by}"] = f"https://{name}:{setup.port}/"
+        setup.configure()
+        found = setup.check()["certificates"]
+        assert found[0] == level, found
+        assert found[1].endswith(f"that is none for {name}") == (level == "warn")
 
 
 @pytest.mark.process
@@ -5110,11 +5167,11 @@ def test_traefik_takes_the_newer_of_the_two_static_files(setup: Setup) -> None:
         (lambda s: "not TOML", ("FAIL", r"traefik\.toml \(toml_static\S+\) is not TOML \(")),
         (
             lambda s: s.replace('readTimeout = "24h"', "").replace("127.0.0.1:", "localhost:"),
-            ("warn", r'without entryPoints\.http\.\S+readTimeout = "24h", but nothing$'),
+            ("warn", r'without entryPoints\.http\.\S+readTimeout = "24h"$'),
         ),
         (
             lambda s: s.replace("watch = true", "watch = false"),
-            ("warn", r"without providers\.file\.watch = true, but False$"),
+            ("warn", r"without providers\.file\.watch = true \(it has False\)$"),
         ),
         (
             lambda s: (
@@ -5432,7 +5489,7 @@ PROXY_CLASS = "c.JupyterHub.proxy_class = 'traefik_toml_proxy.TraefikTomlProxy'\
         ("", "JupyterHub.proxy_class is <class 'jupyterhub.proxy.ConfigurableHTTPProxy'>"),
         (
             PROXY_CLASS + "c.TraefikTomlProxy.should_start = False",
-            "should_start is False and has no credentials",
+            "should_start = False needs credentials",
         ),
         (
             PROXY_CLASS + "c.JupyterHub.internal_ssl = True\n"
@@ -6297,27 +6354,25 @@ service = "admins"
 url = "{backends("admins")}"
 """
     )
-    extra = tomli.loads(
-        example("tljh/jupyter.toml").replace("entryPoints.http", f"entryPoints.{scheme}")
-    )
-
+    extra = example("tljh/jupyter.toml").replace("entryPoints.http", f"entryPoints.{scheme}")
     if version == "newest":  # what the README says of it
-        line = {"http": {"aliasHeadersStrategy": "delete"}}
-        extra = proxy.merge(extra, {"entryPoints": {scheme: line, "auth_api": line}})
+        extra = re.sub(r"(?m)^#(?=\S)", "", extra)
 
     def install(hub: WholeHub) -> None:
         """Leave everything as TLJH does, but for paths and ports, and start Traefik."""
         (tmp_path / "tljh").mkdir()
         settings = {
             "traefik_api": {"port": hub.api_port, "username": "api_admin", "password": "secret"},
-            "https": {"enabled": scheme == "https"},
+            "http": {"port": hub.port},
+            "https": {"enabled": scheme == "https", "port": hub.port},
+            "base_url": "/",
         }
         code = f"def load_config():\n    return {settings}\n"
         (tmp_path / "tljh" / "configurer.py").write_text(code)
         snippet = example("tljh/traefik_toml.py").replace("/opt/tljh/state", str(state))
         (tmp_path / "traefik_toml.py").write_text(snippet)
         public: dict[str, Any] = {
-            "address": f"127.0.0.1:{hub.port}",
+            "address": f":{hub.port}",
             "transport": {"respondingTimeouts": {"idleTimeout": "10m"}},
         }
         if scheme == "https":
@@ -6334,7 +6389,7 @@ url = "{backends("admins")}"
                 "file": {"directory": str(rules), "watch": True},
             },
         }
-        (state / "traefik.toml").write_text(tomli_w.dumps(proxy.merge(static, extra)))
+        (state / "traefik.toml").write_text(tomli_w.dumps(proxy.merge(static, tomli.loads(extra))))
         (rules / "rules.toml").touch(mode=0o600)
         command = [traefik_binary(version), "-c", str(state / "traefik.toml")]
         if os.path.exists("/etc/traefik"):  # there Traefik would look first, for it knows no -c
@@ -6375,12 +6430,12 @@ load_subconfig("{tmp_path}/traefik_toml.py")
     check = [sys.executable, "-m", "traefik_toml_proxy", "check", "--json"]
     found = json.loads(subprocess.check_output(check, cwd=hub.directory))
     assert [item for item in found if item["level"] != "ok"] == []
-    # The README asks for the file alone, which does not know where the hub is to be seen.
+    # The README asks for the file alone.
     alone = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
     (tmp_path / "alone.py").write_text(alone + (tmp_path / "traefik_toml.py").read_text())
     found = json.loads(subprocess.check_output([*check, "-f", str(tmp_path / "alone.py")]))
-    levels = {item["check"]: item["level"] for item in found if item["level"] != "ok"}
-    assert levels in ({"static": "warn"}, {"static": "warn", "certificates": "warn"})
+    assert [item for item in found if item["level"] != "ok"] == []
+    assert re.search("[1-9] routes of the hub", found[3]["text"])
     (rules / "rules.toml").write_text("")  # as `tljh-config reload proxy` does
     wait_until(lambda: hub.request(f"{base}api/status").status == 404)
     check_routes = f"http://127.0.0.1:{hub.hub_port}/hub/api/proxy"
@@ -6728,7 +6783,7 @@ def test_the_readmes_first_command_serves_a_hub(machine: Machine) -> None:
 @pytest.mark.parametrize("heading", ["The hub starts Traefik", "systemd starts Traefik"])
 def test_a_set_up_of_the_readme(machine: Machine, heading: str) -> None:
     printed = follow(machine, heading)
-    assert [line[:4] for line in printed.splitlines()] == ["ok  "] * 7, printed
+    assert [line[:4] for line in printed.splitlines()] == ["ok  "] * 8, printed
     assert machine.run("cat /run/systemctl").count("enable") == 1
     if "systemd" in heading:
         owners = "grep -lx traefik /proc/[0-9]*/comm | xargs stat -c %U; "
@@ -6829,6 +6884,7 @@ def test_the_readmes_files_are_copied(machine: Machine) -> None:
     assert machine.run(f"cat {config}/jupyterhub_config.d/*") == example("tljh/traefik_toml.py")
     assert machine.run(f"cat {config}/traefik_config.d/*") == example("tljh/jupyter.toml")
     machine.run(rename)
+    machine.run(rename)
     renamed = tomli.loads(machine.run(f"cat {config}/traefik_config.d/*"))
     assert renamed == {
         "entryPoints": {"https": tomli.loads(example("tljh/jupyter.toml"))["entryPoints"]["http"]}
@@ -6881,7 +6937,8 @@ def test_the_options_that_the_documents_set_exist_and_fit(
 ) -> None:
     tljh = ModuleType("tljh.configurer")
     api = {"port": 8099, "username": "a", "password": "b"}
-    tljh.load_config = lambda: {"traefik_api": api, "https": {"enabled": True}}
+    https = {"enabled": True, "port": 443}
+    tljh.load_config = lambda: {"traefik_api": api, "https": https, "base_url": "/"}
     monkeypatch.setitem(sys.modules, "tljh.configurer", tljh)
     config, kinds = Config(), (TraefikTomlProxy, JupyterHub, Authenticator)
     exec(text, {"c": config, "__file__": str(HERE / "jupyterhub_config.py")})
@@ -7147,7 +7204,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
     kind = importlib.import_module(project).FrontDoor
     with pytest.raises(RuntimeError) as no_program:
         await make_proxy(kind, command="no-such-program").start()
-    with pytest.raises(ValueError, match="no credentials") as no_password:
+    with pytest.raises(ValueError, match="needs credentials") as no_password:
         await make_proxy(kind, should_start=False).get_all_routes()
     for error in (no_program, no_password):
         name, option = re.search(r"set c\.(\w+)\.(\w+)", str(error.value)).groups()
@@ -7159,7 +7216,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 # The module is built to rules, and these tests hold it to them by its syntax tree. Each checker
 # returns what breaks a rule, with the line. Limits on complexity are ruff's, in pyproject.toml.
 
-MOST_LINES = 3_260  # of the module; 2,000 are the aim
+MOST_LINES = 3_270  # of the module; 2,000 are the aim
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 40, 300
 LEAST_COMMENTS = 0.18  # of all lines: docstrings, and lines that are only a comment
 MOST_ATTRIBUTES = 12  # of TraefikTomlProxy, beside its options

@@ -575,7 +575,7 @@ class Settings:
         """Check what the options say together."""
         if not self.should_start and self.opens_api and not self.traefik_api_password:
             options = f"c.{self.class_name}.traefik_api_username and .traefik_api_password"
-            raise ValueError(f"should_start is False and has no credentials: set {options}")
+            raise ValueError(f"should_start = False needs credentials: set {options}")
         if ":" in self.traefik_api_username:
             raise ValueError("traefik_api_username has a colon, which HTTP cannot send")
         if self.traefik_entrypoint == self.traefik_api_entrypoint:
@@ -2936,7 +2936,8 @@ class Check:
                 has = value
             # Other tables may hold secrets.
             if re.match(r"entryPoints|providers\.(p|file\.w)", key) and plain(has) != plain(value):
-                differ.append(f"{key} = {json.dumps(value)}, but {has}")
+                instead = f" (it has {has})" if key.lower() in found else ""
+                differ.append(f"{key} = {json.dumps(value)}{instead}")
         return differ
 
     def dynamic(self) -> Finding:
@@ -3002,12 +3003,14 @@ class Check:
     def _explain(self, error: APIError) -> Finding:
         """Tell whether it is right that the API does not answer the hub, and why it does not."""
         settings, url, path = self.settings, self.api.url, self.settings.rules_file
-        if settings.should_start and not error.status:
+        if settings.should_start and error.status in (0, 404):
             options = {"traefik_api_url": url, "JupyterHub.bind_url": settings.public_url}
             for option, address in options.items():
-                if holder := port_holder(urlsplit(address).port or 0):
+                holder = port_holder(urlsplit(address).port or 0)
+                if holder and not (error.status and "traefik" in holder):
                     return "FAIL", f"{error}; the port of {option} is held by {holder}"
-            return "warn", f"nothing listens at {url}: the hub does not run"
+            if not error.status:
+                return "warn", f"nothing listens at {url}: the hub does not run"
         if settings.should_start and error.status == 401 and settings.makes_password:
             return "ok", f"{url} asks for a password, one that the hub made up"
         hub_opens_it = settings.opens_api and not settings.should_start
@@ -3040,17 +3043,32 @@ class Check:
         reason = diagnose(problem, path, self.api)
         return "FAIL", f"{late} (check_route_timeout): {reason}"
 
+    def hub(self) -> Finding:
+        """Connect to the hub, where its route leads."""
+        path = self.settings.rules_file
+        lines = split_rules(read_file(path, RULES, self.settings.trusted_users))[1]
+        for _, target, data in map(json.loads, lines):
+            if data.get("hub"):
+                if silence := silence_at(target):
+                    text = f"no hub answers at {target} ({silence}): start it, or see its log"
+                    return "FAIL", text
+                return "ok", f"the hub accepts connections at {target}"
+        return "warn", f"{path} has no route of a hub: start it, or see its log"
+
     def certificates(self) -> Finding:
         """Look at the certificates: that in the hub's file, and those that the front door shows."""
         settings, now = self.settings, datetime.datetime.now(datetime.timezone.utc)
         address = settings.public_address
-        host = split_address(address)[0] or "localhost"
+        host = urlsplit(settings.outside_url).hostname or split_address(address)[0]
         shown, doubts, least = [], [], 99
         if settings.certificate:
             names, least = check_certificate(settings.certificate, now)
             if names:  # without cryptography nothing is known
                 shown.append(f"{settings.certificate[0]}: for {names}, {least} days left")
-        for name in (settings.letsencrypt_domains or [host]) if settings.https else ():
+        chosen = settings.letsencrypt_domains or [host] * bool(
+            re.fullmatch(r"[^:]*[a-z][^:]*", host)
+        )
+        for name in (chosen or [host or "localhost"]) if settings.https else ():
             try:
                 names, days = certificate_facts(shown_certificate(address, name), now)
             except OSError as error:
@@ -3059,9 +3077,10 @@ class Check:
             least = min(least, days)
             shown.append(f"{name}: for {names}, {days} days left")
             known = {name.lower(), f"*.{name.lower().partition('.')[2]}"} & set(names.split(", "))
-            stand_in = re.search(r"\.traefik\.default|placeholder\.invalid", names)
-            if stand_in or (settings.letsencrypt_domains and not known):
+            if re.search(r"\.traefik\.default|placeholder\.invalid", names):
                 doubts.append(f"that is none for {name}: Traefik has read no other, see its log")
+            elif chosen and not known:
+                doubts.append(f"that is none for {name}")
         files = static_config(settings, self.version) + str(settings.extra_dynamic_config)
         told = re.search("forwardedHeaders|X-Forwarded-Proto", files)
         if settings.outside_url.startswith("https:") and not (settings.https or told):
@@ -3094,7 +3113,7 @@ def findings(config_file: str) -> Iterator[tuple[str, str, str]]:
     yield "configuration", "ok", f"{os.path.abspath(config_file)}: {who} starts Traefik"
     look = Check(proxy)
     links = look.traefik, look.static, look.dynamic, look.api_access, look.revision
-    for link in (*links, look.certificates):
+    for link in (*links, look.hub, look.certificates):
         try:
             level, text = link()
         except Exception as error:
