@@ -4700,6 +4700,8 @@ def two_nodes(hub_port: int, directory: Path, headers: str) -> tuple[str, list[i
     for node in NODES:
         found.append(free_port())
         own = {
+            "listen [::]:80;": "",
+            "listen [::]:443 ssl http2;": "",
             "listen 80;": f"listen 127.0.0.1:{free_port()};",
             "listen 443 ": f"listen 127.0.0.1:{found[-1]} ",
             "/etc/ssl/hub.pem": cert,
@@ -4784,10 +4786,21 @@ async def test_a_user_works_through_a_front(
     nginx(config)
     through(hub, node_ports[0])
     base = start_server(hub, "alice")
+    log_in = b'{"auth": {"username": "alice", "password": ""}}'
+    token = json.loads(hub.request("/hub/api/users/alice/tokens", log_in).read())["token"]
     hub.headers = {}  # a websocket's Origin has to be its Host
     kernel = await open_kernel(hub, base)
     assert await run_in_kernel(kernel, "print(6 * 7)") == "42\n"
     kernel.close()
+    # What the README has people ask, with what reaches the server of it, and what does not.
+    (line,) = re.findall("`(curl -i -N .*?)`", (HERE / "README.md").read_text())
+    line = line.replace("https://HOST/user/NAME/", f"{hub.url}{base}").replace("TOKEN", token)
+    command = [*shlex.split(line), "--insecure", "--silent", "--max-time", "5"]
+    assert b"HTTP/1.1 426 Upgrade Required" in subprocess.check_output(command)
+    dropped = [
+        word.replace("Connection: Upgrade", "X: x").replace("Upgrade:", "Y:") for word in command
+    ]
+    assert b"HTTP/1.1 400 Bad Request" in subprocess.check_output(dropped)
     assert re.search(r"/hub/api/oauth2/authorize.*\(alice@127\.0\.0\.1\)", hub.log())
     assert not re.search(r"/hub/.*\(alice@127\.0\.0\.[23]\)", hub.log())
 
@@ -6310,9 +6323,13 @@ def test_there_is_a_cure_for_every_message() -> None:
 async def test_the_recipes_access_log_keeps_secrets_out(
     make_proxy: ProxyFactory, backends: Backends, tmp_path: Path
 ) -> None:
-    block, log = shown("python", "accessLog"), tmp_path / "access.log"
-    config = Config()
-    exec(block.replace("/var/log/jupyterhub/access.log", str(log)), {"c": config})
+    directory, config = tmp_path / "log", Config()
+    log = directory / "access.log"
+    make = shown("bash", "/var/log/jupyterhub").replace("/var/log/jupyterhub", str(directory))
+    subprocess.run(["sh", "-ec", make], check=True)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    block = shown("python", "accessLog")
+    exec(block.replace("/var/log/jupyterhub", str(directory)), {"c": config})
     made = make_proxy(**config.TraefikTomlProxy)
     await made.start()
     await made.add_route("/user/a/", backends("a"), {})
@@ -6743,17 +6760,17 @@ def follow(machine: Machine, heading: str, before_start: str = "") -> str:
         if language != "bash":
             machine.write(path, text)
             continue
-        text = text.partition("# or ")[0]
-        # The environment that this line makes is there already.
-        text = re.sub(r"python3 -m venv (/opt/jupyterhub) && \1/bin/pip install .*", "", text)
-        if "systemctl daemon-reload" in text:
-            machine.run(before_start)
-        elif "check" in text:
-            wait_up(machine, "http://127.0.0.1:8000/hub/login")
-        printed = machine.run(text)
-        for unit in re.findall(r"enable --now (.*)", text):
-            for name in unit.split():
-                machine.start(name)
+        for line in text.partition("# or ")[0].splitlines():
+            # The environment that this line makes is there already.
+            if re.match("python3 -m venv /opt/jupyterhub && /opt/jupyterhub/bin/pip install", line):
+                continue
+            if "systemctl daemon-reload" in line:
+                machine.run(before_start)
+            elif line.endswith("traefik-toml-proxy check"):
+                wait_up(machine, "http://127.0.0.1:8000/hub/login")
+            printed = machine.run(line)
+            for unit in " ".join(re.findall(r"enable --now (.*)", line)).split():
+                machine.start(unit)
     return printed
 
 
@@ -6804,7 +6821,8 @@ def test_the_readmes_set_up_behind_nginx(machine: Machine) -> None:
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 9"
         " -subj /CN=hub.example.org -keyout /etc/ssl/hub.key -out /etc/ssl/hub.pem"
     )
-    follow(machine, "Behind another proxy", before_start="nginx")
+    printed = follow(machine, "Behind another proxy", before_start="nginx")
+    assert [line[:4] for line in printed.splitlines()] == ["ok  "] * 8, printed
     address = ("--resolve", "hub.example.org:443:127.0.0.1")
     wait_up(machine, "https://hub.example.org/", *address)
     assert "trusted_proxies" not in machine.log_text()
