@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import http.client
 import importlib.metadata
 import ipaddress
@@ -64,7 +65,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if {"bare_python", "distributions"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
             item.add_marker("environment")
-            item.add_marker(pytest.mark.xdist_group("environment"))  # one worker makes them
 
     def rank(item: pytest.Item) -> int:
         marks = {mark.name for mark in item.iter_markers()}
@@ -517,26 +517,39 @@ def nginx(tmp_path: Path) -> Iterator[Callable[[str], Nginx]]:
 
 
 @contextlib.contextmanager
-def new_environment(directory: Path, *packages: str) -> Iterator[str]:
-    """Make a virtual environment with some packages and this JupyterHub; give its Python."""
+def new_environment(factory: pytest.TempPathFactory, name: str, *packages: str) -> Iterator[str]:
+    """Make a virtual environment with some packages and this JupyterHub; give its Python.
+
+    It is one for all workers. The last one who uses it deletes it: pytest would keep three.
+    """
+    root = factory.getbasetemp()
+    directory = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
     hub = f"jupyterhub=={importlib.metadata.version('jupyterhub')}"
     python = str(directory / "bin" / "python")
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
-    try:
-        subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
-        subprocess.run([*pip, hub, *packages], check=True, cwd=directory)
+    with open(f"{directory}.make", "w") as make, open(f"{directory}.use", "w") as use:
+        fcntl.flock(make, fcntl.LOCK_EX)
+        if not (directory / "complete").exists():
+            subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
+            subprocess.run([*pip, hub, *packages], check=True, cwd=directory)
+            (directory / "complete").touch()
+        fcntl.flock(use, fcntl.LOCK_SH)
+        fcntl.flock(make, fcntl.LOCK_UN)
         yield python
-    finally:
-        shutil.rmtree(directory)  # 160 MB, of which pytest would keep three
+        fcntl.flock(make, fcntl.LOCK_EX)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Python with JupyterHub, tomli and tomli-w, and without this project."""
-    directory = tmp_path_factory.mktemp("bare")
-    with new_environment(directory, "tomli", "tomli-w") as python:
+    with new_environment(tmp_path_factory, "bare", "tomli", "tomli-w") as python:
         importing = [python, "-c", "import traefik_toml_proxy"]
-        answer = subprocess.run(importing, cwd=directory, capture_output=True, text=True)
+        answer = subprocess.run(
+            importing, cwd=os.path.dirname(python), capture_output=True, text=True
+        )
         assert "No module named 'traefik_toml_proxy'" in answer.stderr
         yield python
 

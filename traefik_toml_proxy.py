@@ -3045,15 +3045,13 @@ class Check:
 
     def hub(self) -> Finding:
         """Connect to the hub, where its route leads."""
-        path = self.settings.rules_file
-        lines = split_rules(read_file(path, RULES, self.settings.trusted_users))[1]
-        for _, target, data in map(json.loads, lines):
-            if data.get("hub"):
-                if silence := silence_at(target):
-                    text = f"no hub answers at {target} ({silence}): start it, or see its log"
-                    return "FAIL", text
-                return "ok", f"the hub accepts connections at {target}"
-        return "warn", f"{path} has no route of a hub: start it, or see its log"
+        hubs = [target for _, target, data in stored_routes(self.settings) if data.get("hub")]
+        if not hubs:
+            path = self.settings.rules_file
+            return "warn", f"{path} has no route of a hub: start it, or see its log"
+        if silence := silence_at(hubs[0]):
+            return "FAIL", f"no hub answers at {hubs[0]} ({silence}): start it, or see its log"
+        return "ok", f"the hub accepts connections at {hubs[0]}"
 
     def certificates(self) -> Finding:
         """Look at the certificates: that in the hub's file, and those that the front door shows."""
@@ -3146,13 +3144,28 @@ def owner_of(data: Table) -> str:
     return "the hub" if data.get("hub") else "extra route" if data.get("extra") else "unknown"
 
 
+def stored_routes(settings: Settings) -> list[tuple[str, str, Table]]:
+    """Return routespec, target and data of all routes in the hub's file.
+
+    Raises ``OSError`` or ``ValueError``.
+    """
+    routes, path = [], settings.rules_file
+    for line in split_rules(read_file(path, RULES, settings.trusted_users))[1]:
+        try:
+            routespec, target, data = json.loads(line)
+            routes.append((str(routespec), str(target), {**data}))
+        except (RecursionError, TypeError, ValueError):
+            raise ValueError(f"{path}: {printable(line)} is no route of the hub's") from None
+    return sorted(routes, key=itemgetter(0))
+
+
 def silence_at(target: str) -> str:
     """Connect to a target; return "" if it accepts that, else why it does not."""
-    place = urlsplit(target)
-    port = place.port or (443 if place.scheme == "https" else 80)
     try:
+        place = urlsplit(target)
+        port = place.port or (443 if place.scheme == "https" else 80)
         socket.create_connection((place.hostname or "", port), 3).close()
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no look-up takes
         return printable(getattr(error, "strerror", None) or str(error))
     return ""
 
@@ -3173,16 +3186,14 @@ def requests_of(settings: Settings) -> tuple[dict[str, float] | None, str]:
 def print_routes(arguments: argparse.Namespace) -> bool:
     """Print all routes: where each leads, whose it is, who listens there, how much it is used."""
     settings = load_proxy(arguments.file).make_settings()
-    text = read_file(settings.rules_file, RULES, settings.trusted_users)
-    if END not in text:
+    if not (routes := stored_routes(settings)):
         raise RuntimeError(f"{settings.rules_file} ({RULES}) has no routes: has the hub started?")
-    routes = sorted(json.loads(line) for line in split_rules(text)[1])
     with ThreadPoolExecutor(64) as pool:
         silent = list(pool.map(silence_at, (target for _, target, _ in routes)))
     counts, why = requests_of(settings)
     rows: list[Table] = []
     for (routespec, target, data), silence in zip(routes, silent, strict=True):
-        row = {"routespec": routespec, "target": target, "owner": owner_of(data)}
+        row: Table = {"routespec": routespec, "target": target, "owner": owner_of(data)}
         row |= {"accepts": not silence, "error": silence or None, "requests": None}
         if counts is not None:
             row["requests"] = int(counts.get(settings.mark + route_name(routespec), 0))
