@@ -2067,6 +2067,13 @@ def test_a_long_number_in_what_traefik_says_is_no_port(tmp_path: Path) -> None:
     assert "bind: address already in use" in process.last_words()
 
 
+@pytest.mark.parametrize(("should_start", "scheme"), [(True, "https"), (False, "http")])
+def test_where_the_api_is_with_internal_ssl(should_start: bool, scheme: str) -> None:
+    app = stand_in_app(internal_ssl=True)
+    made = TraefikTomlProxy(app=app, hub=app.hub, should_start=should_start)
+    assert made.traefik_api_url == f"{scheme}://127.0.0.1:8099"
+
+
 def test_an_api_at_an_address_without_a_port() -> None:
     for url, port in (("http://[fe80::abcd]", 80), ("https://[::1]", 443), ("http://a:8", 8)):
         assert api_at(url, "", "").connection.port == port
@@ -6698,18 +6705,20 @@ async def test_the_recipes_middlewares_refuse_as_it_says(
 
 @pytest.mark.process
 async def test_middlewares_behind_a_front(make_proxy: ProxyFactory, backends: Backends) -> None:
+    recipe = (HERE / ".github" / "RECIPES.md").read_text()
     options = middlewares("http", 2, '["2001:db8::/32"], "ipStrategy": {"depth": 1}')
-    trust = {"trustedIPs": ["127.0.0.1"]}
-    options["extra_static_config"]["entryPoints"]["http"]["forwardedHeaders"] = trust
-    limit = options["extra_dynamic_config"]["http"]["middlewares"]["log-in"]["rateLimit"]
-    limit["sourceCriterion"]["ipStrategy"]["depth"] = 1
-    made = make_proxy(**options)
+    http = options["extra_dynamic_config"]["http"]
+    http["middlewares"]["log-in"]["rateLimit"]["sourceCriterion"]["ipStrategy"]["depth"] = 1
+    http["routers"]["log-in"]["middlewares"] = ["jupyterhub-front", "log-in"]
+    assert f'write `"middlewares": {json.dumps(["jupyterhub-front", "log-in"])}`' in recipe
+    made = make_proxy(**options, trusted_proxies=["127.0.0.1"])
     await made.start()
     await made.add_route("/", backends("hub"), {})
     visitors = ["2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8:0:1::1", "192.0.2.1"]
     posts = [{"X-Forwarded-For": f"2001:db8::9, {visitor}"} for visitor in visitors]
-    answers = [fetch(port_of(made), "/hub/login", post, "POST")[0] for post in posts]
-    assert answers == [200, 200, 429, 200, 403]
+    answers = [fetch(port_of(made), "/hub/login", post, "POST") for post in posts]
+    assert [status for status, _ in answers] == [200, 200, 429, 200, 403]
+    assert "X-Real-Ip" not in answers[0][1]["headers"], "the hub would take it for the client's"
 
 
 @pytest.mark.process

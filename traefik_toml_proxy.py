@@ -2512,18 +2512,18 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
 
     - toml_static_config_file: Path of Traefik's static configuration, which the hub writes before
       it starts Traefik and removes at its end. Where should_start is False the hub only looks at
-      it, and a mere name is looked for in /etc/traefik, ~/.traefik and the working directory.
+      it, and the default is looked for in /etc/traefik, ~/.traefik and the working directory.
     - toml_dynamic_config_file: Path of the dynamic configuration, which the hub writes and Traefik
-      watches. A mere name is looked for like that of toml_static_config_file.
+      watches. The default is looked for like that of toml_static_config_file.
     - traefik_pid_file: Path of the file by which the next hub finds a Traefik that still runs.
       Default: traefik.pid beside the static file. Hubs that share a directory need one each.
     - traefik_api_url: URL of Traefik's API, which tells the hub what is in force: an address, not a
-      name. Default: http://127.0.0.1:8099, or https with JupyterHub.internal_ssl.
+      name. Default: http://127.0.0.1:8099, or https if the hub starts Traefik with internal_ssl.
     - traefik_api_username: User name for Traefik's API and dashboard.
     - traefik_api_password: Password for Traefik's API and dashboard. Default: a random token. Has
       to be set where should_start is False, unless enable_setup_dynamic_config is False, too.
     - traefik_api_hashed_password: The same password as an htpasswd hash. Default: its APR1 hash. A
-      bcrypt hash costs Traefik 0.2 s at each question of the hub.
+      bcrypt hash costs Traefik 0.2 s at each request with the password.
     - traefik_api_validate_cert: Whether to check the certificate of an API with https.
     - traefik_entrypoint: Entry point of the routes; https turns TLS on. Default: https if
       JupyterHub.bind_url begins so or letsencrypt_domains is set, else http.
@@ -2596,7 +2596,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         # Without ssl_cert JupyterHub turns the https of bind_url into http.
         self._https = self.public_url.startswith("https:") or bool(self.letsencrypt_domains)
         self.traefik_entrypoint = self.traefik_entrypoint or ("https" if self._https else "http")
-        local_api = f"http{'s' if self.app.internal_ssl else ''}://127.0.0.1:8099"
+        https = self.app.internal_ssl and self.should_start  # with the hub's own certificate
+        local_api = f"http{'s' if https else ''}://127.0.0.1:8099"
         self.traefik_api_url = self.traefik_api_url or local_api
         self.control: TraefikControl | None = None  # None while it does not run
         self._worker = ThreadPoolExecutor(1, "traefik-toml-proxy")  # alone uses the control
