@@ -5622,10 +5622,11 @@ def test_routes_tells_where_each_goes_whose_it_is_and_who_is_there(
         ("/zzz/", "unknown", True),
     ]
     assert [row["target"] for row in rows[2:5]] == [f"{there}/some/path", there, away]
-    assert {row["requests"] for row in rows} == {None}, "somebody else's Traefik"
+    assert {row["last_activity"] for row in rows} == {None}, "somebody else's Traefik"
     assert [row["error"] for row in rows[3:5]] == [None, "Connection refused"]
     lines = setup.run("routes").splitlines()
-    assert lines[0].split() == shown("text", "$ traefik-toml-proxy routes").splitlines()[1].split()
+    example = shown("text", "$ traefik-toml-proxy routes").splitlines()
+    assert lines[0].split() == example[1].split()
     assert re.split("  +", lines[4]) == ["/user/alice/", there, "user alice", "yes", "-"]
     assert re.split("  +", lines[5])[3] == "Connection refused"
     assert "user x??[1my" in lines[6]
@@ -5660,38 +5661,58 @@ def test_routes_that_somebody_damaged(setup: Setup, line: str) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("name", ["rules.toml", "physics.toml"])
-async def test_routes_counts_requests_where_traefik_does(
-    setup: Setup, backends: Backends, name: str
-) -> None:
-    file = str(setup.rules.parent / name)
-    setup.configure(should_start=True, toml_dynamic_config_file=file)
+async def test_routes_tells_last_activity(setup: Setup, backends: Backends, name: str) -> None:
+    file = setup.rules.parent / name
+    setup.configure(should_start=True, toml_dynamic_config_file=str(file))
+    del setup.options["TraefikTomlProxy.traefik_api_password"]  # the hub makes one up
+    setup.configure()
     made = setup.hub()
     await made.start()
     for spec in ("/", "/user/a.b/", "/user/c/"):
         await made.add_route(spec, backends("a"), {})
-    for _ in range(3):
-        assert who(setup.port, "/user/a.b/x") == "a"
 
-    def counts() -> list[int | None]:
-        return [row["requests"] for row in json.loads(setup.run("routes", "--json"))]
+    def noted() -> list[str | None]:
+        return [row["last_activity"] for row in json.loads(setup.run("routes", "--json"))]
 
-    await asyncio.to_thread(wait_until, lambda: counts() == [0, 3, 0])
-    setup.run("routes")
-    curl = shown("bash", "/metrics").replace("jupyterhub:PASSWORD", "abc:xxx")
-    curl = curl.replace(":8099", f":{setup.api_port}").split()
-    metrics = await asyncio.to_thread(subprocess.check_output, [*curl, "--silent"])
+    assert noted() == [None] * 3, "the hub has not asked yet"
+    began = utc_now()
+    assert who(setup.port, "/user/a.b/x") == "a"
+    routes = await made.get_all_routes()
+    told = routes["/user/a.b/"]["data"]["last_activity"]
+    assert noted() == [None, told, None]
+    assert began < datetime.datetime.fromisoformat(told) < utc_now()
+    shows = setup.run("routes").splitlines()[2]
+    assert re.split("  +", shows)[4] == told[:16].replace("T", " ")
+
+    note = file.with_name(f"{name}.activity")
+    assert stat.S_IMODE(note.stat().st_mode) == 0o600
+    for text in ("", "[1]", "{", "[" * 99999, '{"_user_c_": {"a": 1}}'):
+        note.write_text(text)
+        assert noted()[1] is None, "what somebody damaged is not known"
+    note.unlink()
+    note.mkdir()
+    assert noted() == [None] * 3
+    assert set(await made.get_all_routes()) == set(routes), "nor does it stop the hub"
+    note.rmdir()
+    await made.get_all_routes()
+    assert noted() == [None, told, None]
+    await made.stop()
+    assert os.listdir(setup.rules.parent) == []
+
+
+@pytest.mark.process
+async def test_the_recipes_metrics(make_proxy: ProxyFactory) -> None:
+    made = make_proxy(traefik_api_password="xxx")
+    await made.start()
+    await made.add_route("/", "http://127.0.0.1:1", {})
+    assert fetch(port_of(made), "/")[0] == 502
+    place = made.traefik_api_url.split("/")[2]
+    curl = shown("bash", "/metrics").replace("PASSWORD", "xxx").replace("127.0.0.1:8099", place)
+    metrics = await asyncio.to_thread(subprocess.check_output, [*curl.split(), "--silent"])
     recipe = (HERE / ".github" / "RECIPES.md").read_text()
     for name in ("traefik_service_requests_total", "traefik_open_connections"):
         assert f"`{name}`" in recipe
         assert f"\n{name}{{".encode() in metrics
-    del setup.options["TraefikTomlProxy.traefik_api_password"]
-    setup.configure()
-    assert counts() == [None] * 3
-    proxy.main(["routes"])
-    assert "made up the API's password: set traefik_api_password" in setup.capsys.readouterr().err
-    setup.configure(traefik_api_password="wrong")
-    proxy.main(["routes"])
-    assert "answers with status 401" in setup.capsys.readouterr().err
 
 
 # Command line: passwords and terminals ------------------------------------------------------------
@@ -7260,7 +7281,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 # The module is built to rules, and these tests hold it to them by its syntax tree. Each checker
 # returns what breaks a rule, with the line. Limits on complexity are ruff's, in pyproject.toml.
 
-MOST_LINES = 3_280  # of the module; 2,000 are the aim
+MOST_LINES = 3_290  # of the module; 2,000 are the aim
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 40, 300
 LEAST_COMMENTS = 0.18  # of all lines: docstrings, and lines that are only a comment
 MOST_ATTRIBUTES = 12  # of TraefikTomlProxy, beside its options

@@ -603,6 +603,11 @@ class Settings:
         return "" if name == "rules.toml" else f"{route_name(name.removesuffix('.toml'))}---"
 
     @property
+    def activity_file(self) -> str:
+        """Where the hub notes for the command ``routes`` when each service was used last."""
+        return f"{self.rules_file}.activity"
+
+    @property
     def has_fronts(self) -> bool:
         """Whether requests may come through other proxies."""
         return bool(self.trusted_proxies or self.proxy_protocol_from)
@@ -2446,6 +2451,9 @@ class TraefikControl:
         if self.settings.counts_requests and self.process and not self._closing.is_set():
             timeout = min(self.settings.check_route_timeout, 10)
             self.activity.update(self.process.pid, timeout)
+            with suppress(OSError):  # a full disk, of which changes of routes tell
+                used = json.dumps({key: at for key, at in self.activity.used.items() if at})
+                replace_file(self.settings.activity_file, used, RULES, keep_mode=False)
         routes: dict[str, Table] = {}
         for route in sharing_interpreter(self.rules.routes.values()):
             routespec, target, data = json.loads(route.stored)
@@ -2469,6 +2477,8 @@ class TraefikControl:
             finally:
                 if remove_rules:
                     self.rules.remove()
+                    with suppress(OSError):
+                        remove_file(self.settings.activity_file)
 
 
 def users_of_traefik(api_url: str, rules_file: str) -> list[int]:
@@ -3171,47 +3181,38 @@ def silence_at(target: str) -> str:
     return ""
 
 
-def requests_of(settings: Settings) -> tuple[dict[str, float] | None, str]:
-    """Return how many requests each service has had, None if it is not known, and then why."""
-    if not settings.counts_requests:
-        return None, "Traefik counts them with should_start and track_last_activity only"
-    if settings.makes_password:
-        return None, "the hub made up the API's password: set traefik_api_password"
-    listener = partial(trusted_listener, settings.api_address)
-    try:
-        return TraefikAPI(settings, settings.traefik_api_password, listener).requests(5), ""
-    except APIError as error:
-        return None, str(error)
+def noted_activity(settings: Settings) -> dict[str, str]:
+    """Return when each service was used last, ISO 8601, as far as the hub has noted it."""
+    with suppress(OSError, RecursionError, TypeError, ValueError):
+        noted = json.loads(read_file(settings.activity_file, RULES, settings.trusted_users))
+        return {str(service): str(at) for service, at in {**noted}.items()}
+    return {}
 
 
 def print_routes(arguments: argparse.Namespace) -> bool:
-    """Print all routes: where each leads, whose it is, who listens there, how much it is used."""
+    """Print all routes: where each leads, whose it is, who listens there, when it was used last."""
     settings = load_proxy(arguments.file).make_settings()
     if not (routes := stored_routes(settings)):
         raise RuntimeError(f"{settings.rules_file} ({RULES}) has no routes: has the hub started?")
     with ThreadPoolExecutor(64) as pool:
         silent = list(pool.map(silence_at, (target for _, target, _ in routes)))
-    counts, why = requests_of(settings)
+    active = noted_activity(settings)
     rows: list[Table] = []
     for (routespec, target, data), silence in zip(routes, silent, strict=True):
         row: Table = {"routespec": routespec, "target": target, "owner": owner_of(data)}
-        row |= {"accepts": not silence, "error": silence or None, "requests": None}
-        if counts is not None:
-            row["requests"] = int(counts.get(settings.mark + route_name(routespec), 0))
-        rows.append(row)
+        row |= {"accepts": not silence, "error": silence or None}
+        rows.append({**row, "last_activity": active.get(settings.mark + route_name(routespec))})
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return True
-    table = [["ROUTESPEC", "TARGET", "OWNER", "ACCEPTS", "REQUESTS"]]
+    table = [["ROUTESPEC", "TARGET", "OWNER", "ACCEPTS", "LAST ACTIVITY (UTC)"]]
     for row in rows:
-        used = "-" if row["requests"] is None else row["requests"]
+        used = (row["last_activity"] or "-")[:16].replace("T", " ")
         shown = row["routespec"], row["target"], row["owner"], row["error"] or "yes", used
-        table.append([printable(str(cell)) for cell in shown])
+        table.append([printable(cell) for cell in shown])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(map(str.ljust, line, widths)).rstrip())
-    if why:
-        print(f"Requests are not known: {why}", file=sys.stderr)
     return True
 
 
