@@ -3183,9 +3183,10 @@ def silence_at(target: str) -> str:
 
 def noted_activity(settings: Settings) -> dict[str, str]:
     """Return when each service was used last, ISO 8601, as far as the hub has noted it."""
-    path = settings.activity_file if settings.counts_requests else os.devnull
+    if not settings.counts_requests:  # then the note is that of an earlier hub
+        return {}
     with suppress(OSError, RecursionError, TypeError, ValueError):
-        noted = json.loads(read_file(path, RULES, settings.trusted_users))
+        noted = json.loads(read_file(settings.activity_file, RULES, settings.trusted_users))
         return {str(service): str(at) for service, at in {**noted}.items()}
     return {}
 
