@@ -2264,6 +2264,17 @@ async def started_again(made: TraefikTomlProxy) -> None:
     await made.get_all_routes()  # the worker thread does one thing after another
 
 
+def suspend(pid: int) -> None:
+    """Have a process hang: stop it, and wait until all of its threads stand still."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stopped() -> bool:
+        threads = Path(f"/proc/{pid}/task").glob("*/stat")
+        return all(path.read_text().rpartition(")")[2].split()[0] == "T" for path in threads)
+
+    wait_until(stopped)
+
+
 async def killed(made: TraefikTomlProxy) -> None:
     """Kill the managed Traefik; return when another one runs."""
     pid = made.control.process.pid
@@ -2481,7 +2492,7 @@ async def test_an_adoption_that_fails_leaves_traefik_alone(
     second = make_proxy(**same_hub(first))
     with file_size_limit(100), pytest.raises(OSError, match="cannot write .*rules.toml"):
         await second.start()
-    os.kill(pid, signal.SIGSTOP)
+    suspend(pid)
     second.check_route_timeout = 0.2
     with pytest.raises(TimeoutError, match="timed out"):
         await second.start()
@@ -2883,7 +2894,7 @@ async def test_a_traefik_that_hangs_is_killed_and_started_again(
     made = make_proxy(check_route_timeout=6)
     await made.start()
     pid = made.control.process.pid
-    os.kill(pid, signal.SIGSTOP)
+    suspend(pid)
     ticks = 0
     adding = asyncio.ensure_future(made.add_route("/user/a/", backends("a"), {}))
     while not adding.done():
@@ -3213,7 +3224,7 @@ async def test_activity_that_cannot_be_read_fails_nothing(
     made = make_proxy(check_route_timeout=2)
     await made.start()
     await made.add_route("/", "http://127.0.0.1:1", {})
-    os.kill(made.control.process.pid, signal.SIGSTOP)
+    suspend(made.control.process.pid)
     assert set(await made.get_all_routes()) == {"/"}
     assert "It is not known when routes were used last: http://127.0.0.1:" in caplog.text
 
@@ -3413,7 +3424,7 @@ async def test_stopping_ends_a_batch_that_waits(
 ) -> None:
     made = make_proxy()
     await made.start()
-    os.kill(made.control.process.pid, signal.SIGSTOP)  # a Traefik that hangs
+    suspend(made.control.process.pid)  # a Traefik that hangs
     adding = asyncio.ensure_future(made.add_route("/user/a/", backends("a"), {}))
     while "/user/a/" not in files_of(made)[1].read_text():
         await asyncio.sleep(0.01)
@@ -5398,7 +5409,7 @@ async def test_check_only_looks(setup: Setup, backends: Backends, served: bool) 
     setup.start_traefik()
     await setup.hub(check_route_timeout=10).add_route("/", backends("hub"), {})
     if not served:
-        setup.factory.processes[-1].send_signal(signal.SIGSTOP)
+        suspend(setup.factory.processes[-1].pid)
         setup.rules.write_text(setup.rules.read_text().replace('X-Revision = "', 'X-Revision = "x'))
         setup.factory.processes[-1].kill()
     before = picture(setup.static, setup.rules)
