@@ -535,11 +535,13 @@ def new_environment(factory: pytest.TempPathFactory, name: str, *packages: str) 
             (directory / "complete").touch()
         fcntl.flock(use, fcntl.LOCK_SH)
         fcntl.flock(make, fcntl.LOCK_UN)
-        yield python
-        fcntl.flock(make, fcntl.LOCK_EX)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory)
+        try:
+            yield python
+        finally:
+            fcntl.flock(make, fcntl.LOCK_EX)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="session")
@@ -846,13 +848,15 @@ class Machine:
         script = ["sh", "-ec", MACHINE, "machine", str(directory), str(environment), sys.executable]
         spaces = ["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self.holder = subprocess.Popen(["unshare", *spaces, *script])
-        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
-        wait_until(lambda: self.holder.poll() is not None or children.read_text())
-        self.first = children.read_text().split()[0]
-        ready = Path(f"/proc/{self.first}/root{directory}/ready")
-        wait_until(lambda: self.holder.poll() is not None or ready.exists())
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.log = directory.parent / "machine.log"
+        self.directory, self.log = directory, directory.parent / "machine.log"
+
+    def boot(self) -> None:
+        """Wait until it is there."""
+        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
+        self.first = wait_until(children.read_text).split()[0]
+        ready = Path(f"/proc/{self.first}/root{self.directory}/ready")
+        wait_until(ready.exists)
 
     def enter(self, *command: str) -> list[str]:
         """Return the command that runs another one there."""

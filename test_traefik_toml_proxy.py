@@ -6252,16 +6252,27 @@ def test_the_readme_knows_every_option() -> None:
     assert [name for name in options if f"`{name}`" not in readme] == []
 
 
-def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """Return the language and the text of each fenced block."""
-    found = re.findall(r"(?ms)^ *```(\w+)\n(.*?)^ *```$", text)
-    return [(language, textwrap.dedent(block)) for language, block in found]
+def fenced_blocks(text: str) -> list[tuple[str, str, str]]:
+    """Return what stands before each fenced block, its language and its text."""
+    found = re.findall(r"(?ms)(.*?)^ *```(\w+)\n(.*?)^ *```$", text)
+    return [(before, language, textwrap.dedent(block)) for before, language, block in found]
+
+
+def documented_blocks() -> list[tuple[str, str]]:
+    """Return the language and the text of each fenced block of the documents."""
+    texts = [(HERE / name).read_text() for name in DOCUMENTS]
+    return [(language, block) for text in texts for _, language, block in fenced_blocks(text)]
+
+
+def readme_section(heading: str) -> str:
+    """Return a section of the README."""
+    readme = (HERE / "README.md").read_text()
+    return readme.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def shown(language: str, contains: str) -> str:
     """Return the one fenced block of the documents that contains a text."""
-    blocks = [block for name in DOCUMENTS for block in fenced_blocks((HERE / name).read_text())]
-    (found,) = [text for kind, text in blocks if kind == language and contains in text]
+    (found,) = [text for kind, text in documented_blocks() if kind == language and contains in text]
     return found
 
 
@@ -6793,12 +6804,10 @@ BY_HAND = {
 
 def steps(heading: str) -> list[tuple[str, str, str]]:
     """Return the blocks of a section of the README: language, text, and the file to write."""
-    readme = (HERE / "README.md").read_text()
-    section = readme.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     found = []
-    for before, language, text in re.findall(r"(?ms)(.*?)^ *```(\w+)\n(.*?)^ *```$", section):
+    for before, language, text in fenced_blocks(readme_section(heading)):
         paths = re.findall(r"Write `(/\S+)`", before)
-        found.append((language, textwrap.dedent(text), paths[-1] if paths else ""))
+        found.append((language, text, paths[-1] if paths else ""))
     return found
 
 
@@ -6838,8 +6847,11 @@ def machine(user_python: str, tmp_path: Path) -> Iterator[Machine]:
     if os.geteuid() != 0:
         pytest.skip("only root can have a machine of its own")
     made = Machine(tmp_path / "machine", Path(user_python).parent.parent)
-    yield made
-    made.close()
+    try:
+        made.boot()
+        yield made
+    finally:
+        made.close()
 
 
 @pytest.mark.process
@@ -6993,20 +7005,18 @@ def test_all_that_the_documents_show_is_tested() -> None:
     taken = [text for heading in followed for _, text, _ in steps(heading)]
     options = blocks_of_options()
     left = []
-    for name in DOCUMENTS:
-        for language, text in fenced_blocks((HERE / name).read_text()):
-            tested = text in taken or text in options or any(word in text for word in BY_HAND)
-            if not (tested or any(kind == language and part in text for kind, part in asked)):
-                left.append(text)
+    for language, text in documented_blocks():
+        tested = text in taken or text in options or any(word in text for word in BY_HAND)
+        if not (tested or any(kind == language and part in text for kind, part in asked)):
+            left.append(text)
     assert left == []
     assert len(taken) > 20
 
 
 def blocks_of_options() -> list[str]:
     """Return the blocks that set options of JupyterHub."""
-    blocks = [block for name in DOCUMENTS for block in fenced_blocks((HERE / name).read_text())]
     texts = [path.read_text() for path in (HERE / ".examples").rglob("*.py")]
-    return [text for language, text in blocks if language == "python"] + texts
+    return [text for language, text in documented_blocks() if language == "python"] + texts
 
 
 @pytest.mark.parametrize("text", blocks_of_options())
@@ -7049,8 +7059,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
 
 
 def test_the_symptoms_show_what_the_commands_say() -> None:
-    readme = (HERE / "README.md").read_text()
-    section = readme.partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
+    section = readme_section("Troubleshooting")
     texts = [*messages().values(), (HERE / ".github" / "MESSAGES.md").read_text()]
     known = "".join(re.findall(r"\w+", "\n".join(texts)))
     spans = re.findall(r"`(?:ok|warn|FAIL) +(\w+): (.*?)`", section)

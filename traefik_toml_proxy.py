@@ -651,6 +651,12 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def split_url(url: str) -> tuple[str, int]:
+    """Return host and port of a URL, by default the port of its scheme. Raises ``ValueError``."""
+    place = urlsplit(url)
+    return place.hostname or "", place.port or (443 if place.scheme == "https" else 80)
+
+
 def trusted_networks(option: str, values: Iterable[str]) -> list[str]:
     """Return addresses and networks as Traefik takes them. Raises ``ValueError`` for all else.
 
@@ -1084,6 +1090,11 @@ def read_file(path: str, option: str, trusted: Sequence[int] = ()) -> str:
         os.close(handle)
 
 
+def read_rules(settings: Settings) -> str:
+    """Return the text of the dynamic file, "" if there is none. Raises ``OSError``."""
+    return read_file(settings.rules_file, RULES, settings.trusted_users)
+
+
 def replace_file(
     path: str, text: str, option: str, keep_mode: bool, trusted: Sequence[int] = ()
 ) -> Signature | None:
@@ -1324,7 +1335,7 @@ class RulesFile:
         refused if somebody else starts Traefik.
         """
         try:
-            text = read_file(self.path, RULES, self._settings.trusted_users)
+            text = read_rules(self._settings)
         except OSError as error:
             # Where somebody else starts Traefik, it may rely on what is there.
             if not self._settings.should_start or error.errno not in (errno.EPERM, errno.ELOOP):
@@ -1450,9 +1461,8 @@ class TraefikAPI:
         self.use_password(password)
         self.connections = 0  # how many have been opened
         self._revision = settings.mark + REVISION
-        place, https = urlsplit(self.url), self.url.startswith("https:")
-        self._path = place.path
-        host, port = place.hostname or "", place.port or (443 if https else 80)
+        self._path, https = urlsplit(self.url).path, self.url.startswith("https:")
+        host, port = split_url(self.url)
         self.connection = HTTPConnection(host, port)
         if https:
             internal = settings.internal_ssl and settings.should_start
@@ -2954,7 +2964,7 @@ class Check:
     def dynamic(self) -> Finding:
         """Tell whether the hub can use the dynamic file, and whose tables it holds."""
         path, user = self.settings.rules_file, f"user {os.geteuid()}"
-        text = read_file(path, RULES, self.settings.trusted_users)
+        text = read_rules(self.settings)
         if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
             advice = "make it, let the hub's user write there, or run this as that user"
             return "FAIL", f"{user} cannot write into the directory of {path} ({RULES}): {advice}"
@@ -3013,8 +3023,11 @@ class Check:
 
     def _explain(self, error: APIError) -> Finding:
         """Tell whether it is right that the API does not answer the hub, and why it does not."""
-        settings, url, path = self.settings, self.api.url, self.settings.rules_file
-        if settings.should_start and error.status in (0, 404):
+        settings, url = self.settings, self.api.url
+        if not settings.should_start:
+            if error.status == 404 and settings.opens_api and END not in read_rules(settings):
+                return "ok", f"{url} answers nothing before the hub has started once"
+        elif error.status in (0, 404):
             options = {"traefik_api_url": url, "JupyterHub.bind_url": settings.public_url}
             for option, address in options.items():
                 holder = port_holder(urlsplit(address).port or 0)
@@ -3022,23 +3035,16 @@ class Check:
                     return "FAIL", f"{error}; the port of {option} is held by {holder}"
             if not error.status:
                 return "warn", f"nothing listens at {url}: the hub does not run"
-        if settings.should_start and error.status == 401 and settings.makes_password:
+        elif error.status == 401 and settings.makes_password:
             return "ok", f"{url} asks for a password, one that the hub made up"
-        hub_opens_it = settings.opens_api and not settings.should_start
-        if (
-            error.status == 404
-            and hub_opens_it
-            and END not in read_file(path, RULES, settings.trusted_users)
-        ):
-            return "ok", f"{url} answers nothing before the hub has started once"
-        return "FAIL", diagnose(error, path, self.api)
+        return "FAIL", diagnose(error, settings.rules_file, self.api)
 
     def revision(self) -> Finding:
         """Compare the revision in the dynamic file with the one that Traefik shows."""
         path, limit = self.settings.rules_file, self.settings.check_route_timeout
         problem, end = APIError("not asked"), time.monotonic() + limit
         while time.monotonic() < end:  # for a hub may be writing just now
-            revision = split_rules(read_file(path, RULES, self.settings.trusted_users))[2]
+            revision = split_rules(read_rules(self.settings))[2]
             if not revision:
                 return "ok", f"no hub has written {path} yet: this is known after its first start"
             try:
@@ -3074,10 +3080,10 @@ class Check:
             names, least = check_certificate(settings.certificate, now)
             if names:  # without cryptography nothing is known
                 shown.append(f"{settings.certificate[0]}: for {names}, {least} days left")
-        chosen = settings.letsencrypt_domains or [host] * bool(
-            re.fullmatch(r"[^:]*[a-z][^:]*", host)
-        )
-        for name in (chosen or [host or "localhost"]) if settings.https else ():
+        # An address is none of the names that a certificate has to have.
+        named = settings.letsencrypt_domains or re.fullmatch(r"[^:]*[a-z][^:]*", host)
+        names_asked = settings.letsencrypt_domains or [host or "localhost"]
+        for name in names_asked if settings.https else ():
             try:
                 names, days = certificate_facts(shown_certificate(address, name), now)
             except OSError as error:
@@ -3088,7 +3094,7 @@ class Check:
             known = {name.lower(), f"*.{name.lower().partition('.')[2]}"} & set(names.split(", "))
             if re.search(r"\.traefik\.default|placeholder\.invalid", names):
                 doubts.append(f"that is none for {name}: Traefik has read no other, see its log")
-            elif chosen and not known:
+            elif named and not known:
                 doubts.append(f"that is none for {name}")
         files = static_config(settings, self.version) + str(settings.extra_dynamic_config)
         told = re.search("forwardedHeaders|X-Forwarded-Proto", files)
@@ -3160,22 +3166,21 @@ def stored_routes(settings: Settings) -> list[tuple[str, str, Table]]:
 
     Raises ``OSError`` or ``ValueError``.
     """
-    routes, path = [], settings.rules_file
-    for line in split_rules(read_file(path, RULES, settings.trusted_users))[1]:
+    routes = []
+    for line in split_rules(read_rules(settings))[1]:
         try:
             routespec, target, data = json.loads(line)
             routes.append((str(routespec), str(target), {**data}))
         except (RecursionError, TypeError, ValueError):
-            raise ValueError(f"{path}: {printable(line)} is no route of the hub's") from None
+            text = f"{settings.rules_file}: {printable(line)} is no route of the hub's"
+            raise ValueError(text) from None
     return sorted(routes, key=itemgetter(0))
 
 
 def silence_at(target: str) -> str:
     """Connect to a target; return "" if it accepts that, else why it does not."""
     try:
-        place = urlsplit(target)
-        port = place.port or (443 if place.scheme == "https" else 80)
-        socket.create_connection((place.hostname or "", port), 3).close()
+        socket.create_connection(split_url(target), 3).close()
     except (OSError, ValueError) as error:  # ValueError: a name that no look-up takes
         return printable(getattr(error, "strerror", None) or str(error))
     return ""
