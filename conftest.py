@@ -586,6 +586,7 @@ class WholeHub:
         self.log_file = directory / "hub.log"
         self.config_file.write_text(
             f"""
+import os, subprocess
 c = get_config()
 c.JupyterHub.bind_url = "{bind_url}"
 c.JupyterHub.hub_bind_url = "http://127.0.0.1:{self.hub_port}"
@@ -595,6 +596,9 @@ c.JupyterHub.spawner_class = "simple"
 c.JupyterHub.log_level = "DEBUG"
 c.Authenticator.allow_all = True
 c.Spawner.args = ["--allow-root"]
+# What users' servers say of their own troubles is not the hub's log.
+servers = os.open("servers.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+c.LocalProcessSpawner.popen_kwargs = {{"stdout": servers, "stderr": subprocess.STDOUT}}
 c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
 {config}
 """
