@@ -1651,27 +1651,35 @@ def trusted_listener(address: str, *trusted: int) -> frozenset[str]:
     return frozenset() if others else frozenset(sockets)
 
 
-def held_listener(address: str) -> socket.socket:
-    """Listen where Traefik is to, but hold all connections until HOLD is taken off the socket.
-
-    Raises ``OSError``.
-    """
+def listen_at(address: str) -> socket.socket:
+    """Listen where Traefik is to, as it would itself. Raises ``OSError``."""
     host, port = split_address(address)
     every = not host.strip("0.:") and socket.has_dualstack_ipv6()  # as Go takes 0.0.0.0, too
     listener = socket.socket(socket.AF_INET6 if every or ":" in host else socket.AF_INET)
-    program = ctypes.create_string_buffer(HOLD)
-    filtering = struct.pack("HP", len(HOLD) // 8, ctypes.addressof(program))
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if listener.family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not every)
         listener.bind(("" if every else host, port))
-        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filtering)
         listener.listen(1 << 16)  # of which the kernel takes less
+        listener.setblocking(False)
     except OSError:
         listener.close()
         raise
     return listener
+
+
+def hold(listener: socket.socket) -> None:
+    """Have connections wait until HOLD is taken off a socket; turn away those that came before.
+
+    Raises ``OSError``.
+    """
+    program = ctypes.create_string_buffer(HOLD)
+    filtering = struct.pack("HP", len(HOLD) // 8, ctypes.addressof(program))
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filtering)
+    with suppress(OSError):  # no more are there
+        while True:
+            listener.accept()[0].close()
 
 
 def start_time(pid: int) -> bytes:
@@ -1695,11 +1703,13 @@ def port_holder(port: int, host: str = "") -> str:
     return "a process of another user" if sockets else ""
 
 
-# Traefik listens before it has read the routes, and would answer 404 to users of live servers. So
-# the hub listens in its place, hands the socket over as systemd does
-# (https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html), and until Traefik
-# serves the routes has the kernel drop what comes but for the first packet of each connection.
-# Clients send again what was dropped, as a rule after 0.2 s. This is a program of classic BPF.
+# While Traefik is down, a user of the machine could take its ports and ask visitors for passwords.
+# So the hub listens in its place, keeps the sockets while it lives, and hands them over as systemd
+# does (https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html).
+# Traefik answers before it has read the routes, and would say 404 to users of live servers. Until
+# it serves the routes, the hub has the kernel drop what comes but for the first packet of each
+# connection. Clients send again what was dropped, as a rule after 0.2 s. This is a program of
+# classic BPF.
 HOLD = b"".join(
     struct.pack("=HBBI", *step)
     for step in (
@@ -1711,8 +1721,8 @@ HOLD = b"".join(
 )
 MOST_LINES = 50_000  # that Traefik may write in half a second
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27  # of Linux; Python has no names for them
-# The socket comes as standard input, for the shell can make no other one to number 3.
-HAND_OVER = 'LISTEN_PID=$$ exec "$0" "$@" 3<&0 </dev/null'
+# The sockets come as standard input and error, for the shell can make no others to numbers 3 and 4.
+HAND_OVER = 'LISTEN_PID=$$ exec "$0" "$@" 3<&0 4<&2 </dev/null 2>&1'
 
 
 class Output:
@@ -1823,7 +1833,8 @@ class TraefikProcess:
         self.output = Output(log, settings.traefik_api_hashed_password)
         self._pidfd = -1
         self._popen: subprocess.Popen[bytes] | None = None  # None for an adopted one
-        self._held: socket.socket | None = None  # where connections wait for Traefik
+        self._sockets: dict[str, socket.socket] = {}  # of Traefik, by entry point
+        self._held = False  # whether users' connections wait for Traefik
         self._watcher = threading.Thread(target=self._watch, name="traefik-watch", daemon=True)
         self._stopping = threading.Event()  # it is not to be started again
 
@@ -1880,16 +1891,18 @@ class TraefikProcess:
         if found != self._static:  # without the file, Traefik opens port 80
             replace_file(settings.static_file, self._static, STATIC, keep_mode=False)
         self.output.begin()
-        self._held = self._hold()
+        self._listen()
         arguments, variables = self._arguments(), {"GOGC": "200", **os.environ}
-        if self._held:
+        handles = [listener.fileno() for listener in self._sockets.values()]
+        if handles:
             arguments = ["/bin/sh", "-c", HAND_OVER, *arguments]
-            variables |= {"LISTEN_FDS": "1", "LISTEN_FDNAMES": settings.traefik_entrypoint}
+            names = ":".join(self._sockets)
+            variables |= {"LISTEN_FDS": str(len(handles)), "LISTEN_FDNAMES": names}
         self._popen = subprocess.Popen(
             arguments,
-            stdin=self._held.fileno() if self._held else subprocess.DEVNULL,
+            stdin=handles[0] if handles else subprocess.DEVNULL,
             stdout=self.output.file,
-            stderr=self.output.file,
+            stderr=handles[1] if len(handles) > 1 else self.output.file,
             env={**variables, **settings.traefik_env},
             start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
         )
@@ -1903,10 +1916,10 @@ class TraefikProcess:
 
     def admit(self) -> None:
         """Let connections through to Traefik, which serves the routes now."""
-        held, self._held = self._held, None
-        if held:
-            held.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
-            held.close()
+        users = self._sockets.get(self._settings.traefik_entrypoint)
+        if users and self._held:
+            users.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+            self._held = False
             self._write_pid_file()
 
     def watch(self) -> None:
@@ -1986,6 +1999,7 @@ class TraefikProcess:
             last.callback(self._set_pid, 0)
             last.callback(self._lock.close)
             last.callback(self.output.file.close)
+            last.callback(self._close_sockets)
             if end or not self.pid:
                 last.callback(remove_file, self._pid_file)
             if end:
@@ -1996,20 +2010,35 @@ class TraefikProcess:
         """Return the command line of Traefik."""
         return [*self.command, "--configfile", self._settings.static_file]
 
-    def _hold(self) -> socket.socket | None:
-        """Return the listening socket of users, held; None where Traefik has to open its own."""
-        name, address = self._settings.traefik_entrypoint, self._settings.public_address
+    def _listen(self) -> None:
+        """Listen in Traefik's place, users held, where it can take a socket over."""
         with open(self.command[0], "rb") as program:
             # A wrapper or a script may close the socket or clear the environment.
             direct = len(self.command) == 1 and program.read(4) == b"\x7fELF"
         if not direct or self.version < TAKES_SOCKETS or sys.platform != "linux":
-            return None
-        entry_point = tomli.loads(self._static)["entryPoints"][name]
-        if entry_point["address"] != address or not re.fullmatch(r"[\w-]+", name, re.ASCII):
-            return None
-        with suppress(OSError):  # such as a port that only Traefik may open
-            return held_listener(address)
-        return None
+            self._close_sockets()  # it opens its own
+            return
+        settings, known = self._settings, tomli.loads(self._static)["entryPoints"]
+        users, api = settings.traefik_entrypoint, settings.traefik_api_entrypoint
+        for name, address in ((users, settings.public_address), (api, settings.api_address)):
+            fits = known[name]["address"] == address and re.fullmatch(r"[\w-]+", name, re.ASCII)
+            if fits and name not in self._sockets:
+                with suppress(OSError):  # such as a port that only Traefik may open
+                    self._sockets[name] = listen_at(address)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Have users' connections wait for Traefik, if the hub listens and the kernel can."""
+        if users := self._sockets.get(self._settings.traefik_entrypoint):
+            with suppress(OSError):
+                hold(users)
+                self._held = True
+
+    def _close_sockets(self) -> None:
+        """Listen no more."""
+        for listener in self._sockets.values():
+            listener.close()
+        self._sockets, self._held = {}, False
 
     def _write_pid_file(self) -> None:
         """Write pid, hash and time of the start in place, which works on a full disk, too.
@@ -2041,8 +2070,7 @@ class TraefikProcess:
             self.output.pass_on()
             if self._stopping.is_set():
                 break
-            with suppress(OSError):
-                self.admit()  # nobody is to wait for one that has ended
+            self._hold()  # the next one has no routes yet
             young = time.monotonic() - began < 1 + pause
             pause = min(2 * pause + 0.1, 30) if young else 0
             self.log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
