@@ -5336,6 +5336,20 @@ def test_check_as_a_user_who_may_not(setup: Setup) -> None:
     assert f"cannot read {setup.rules} (toml_dynamic_config_file): Permission" in found["dynamic"]
 
 
+def test_a_port_that_a_url_leaves_out_is_that_of_its_scheme(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.options["JupyterHub.bind_url"] = "http://127.0.0.1/"
+    setup.configure(should_start=True)
+    monkeypatch.setattr(proxy, "port_holder", lambda port: "pid 7" if port == 80 else "")
+    text = setup.check(fails=True)["api"][1]
+    assert text.endswith("the port of JupyterHub.bind_url is held by pid 7")
+    places = {(443, "::1"): {"9": 12345}}
+    monkeypatch.setattr(proxy, "listening_sockets", lambda *place: places.get(place, {}))
+    owner = setup.directory.stat().st_uid
+    assert proxy.users_of_traefik("https://[::1]/", str(setup.rules)) == sorted({owner, 12345})
+
+
 @pytest.mark.process
 async def test_check_says_what_is_wrong_with_the_api(setup: Setup, backends: Backends) -> None:
     setup.configure()

@@ -1611,7 +1611,7 @@ def command_line(pid: int) -> list[str]:
         return []
 
 
-def listening_sockets(port: int | None, host: str = "") -> dict[str, int]:
+def listening_sockets(port: int, host: str = "") -> dict[str, int]:
     """Return the sockets that listen on a TCP port, by inode, with the ids of their users.
 
     Where ``host`` is an address, these are those who get its connections: others may listen on
@@ -1621,9 +1621,9 @@ def listening_sockets(port: int | None, host: str = "") -> dict[str, int]:
     for table in glob.glob("/proc/net/tcp*"):
         with suppress(OSError), open(table) as lines:
             for line in lines:
-                if f":{port or 0:04X} " in line[:60]:  # few of them, where many are connected
+                if f":{port:04X} " in line[:60]:  # few of them, where many are connected
                     local, _, state, *_, user, _, inode = line.split()[1:10]
-                    if local.endswith(f":{port or 0:04X}") and state == "0A":  # it listens
+                    if local.endswith(f":{port:04X}") and state == "0A":  # it listens
                         found[local.partition(":")[0]][inode] = int(user)
     every = {inode: user for sockets in found.values() for inode, user in sockets.items()}
     try:
@@ -1678,7 +1678,7 @@ def hold(listener: socket.socket) -> None:
     filtering = struct.pack("HP", len(HOLD) // 8, ctypes.addressof(program))
     listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filtering)
     with suppress(OSError):  # no more are there
-        while True:
+        for _ in range(1 << 16):
             listener.accept()[0].close()
 
 
@@ -2525,8 +2525,8 @@ def users_of_traefik(api_url: str, rules_file: str) -> list[int]:
     One listens at the API's port. The other owns the directory of the dynamic file, and so can
     replace that file anyway, such as the user of a volume's host.
     """
-    place = urlsplit(api_url)
-    users = set(listening_sockets(place.port, place.hostname or "").values() if place.port else ())
+    host, port = split_url(api_url)
+    users = set(listening_sockets(port, host).values())
     with suppress(OSError):
         users.add(os.stat(os.path.dirname(rules_file)).st_uid)
     return sorted(users)
@@ -3058,7 +3058,7 @@ class Check:
         elif error.status in (0, 404):
             options = {"traefik_api_url": url, "JupyterHub.bind_url": settings.public_url}
             for option, address in options.items():
-                holder = port_holder(urlsplit(address).port or 0)
+                holder = port_holder(split_url(address)[1])
                 if holder and not (error.status and "traefik" in holder):
                     return "FAIL", f"{error}; the port of {option} is held by {holder}"
             if not error.status:
