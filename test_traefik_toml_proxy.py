@@ -72,6 +72,7 @@ import tarfile
 import textwrap
 import threading
 import time
+import tokenize
 import urllib.parse
 import xml.etree.ElementTree
 import zipfile
@@ -7393,7 +7394,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 
 MOST_LINES = 3_320  # of the module; 2,000 are the aim
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 40, 300
-LEAST_COMMENTS = 0.18  # of all lines: docstrings, and lines that are only a comment
+LEAST_COMMENTS = 0.2  # of all lines: those of docstrings, and those with a comment
 MOST_ATTRIBUTES = 12  # of TraefikTomlProxy, beside its options
 
 PURE = ("Credentials", "Routes", "Route tree", "Configuration")
@@ -7660,7 +7661,8 @@ def too_long(house: House) -> list[str]:
 
 
 def too_few_comments(house: House) -> list[str]:
-    comments = {number for number, line in enumerate(house.lines, 1) if re.match(r"\s*#", line)}
+    tokens = tokenize.generate_tokens(iter([f"{line}\n" for line in house.lines]).__next__)
+    comments = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
     for node in house.nodes(ast.Module, ast.ClassDef, *FUNCTIONS):
         if ast.get_docstring(node) is not None:
             text = node.body[0]
@@ -7791,7 +7793,7 @@ MANY_ATTRIBUTES = "".join(f"        self.a{number} = 0\n" for number in range(MO
         (too_long, "@a #!\ndef b():\n" + "    c()\n" * 39, "b has 41 lines"),
         (too_long, "class A: #!\n" + "    x = 1\n" * 300, "A has 301 lines"),
         (too_long, "a = 1\n" * MOST_LINES + "a = 1 #!", "the module has"),
-        (too_few_comments, '"""Doc."""\n# one\n' + "a = 1  # two\n" * 10, "are 16.7%"),
+        (too_few_comments, '"""Doc."""\na = 1  # one\n' + "a = 1\n" * 10, "are 16.7%"),
     ],
 )
 def test_a_rule_of_the_house_can_be_broken(
