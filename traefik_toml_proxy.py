@@ -1690,17 +1690,19 @@ def start_time(pid: int) -> bytes:
 
 
 def port_holder(port: int, host: str = "") -> str:
-    """Return which program listens on a TCP port, as far as /proc tells; "" where it does not.
+    """Return which programs listen on a TCP port, as far as /proc tells; "" where it does not.
 
-    Only root sees what belongs to other users.
+    Only root sees what belongs to other users. A hub has the sockets of its Traefik, too, so the
+    process that was started last comes first.
     """
     sockets = {f"socket:[{inode}]" for inode in listening_sockets(port, host)}
+    pids = set()
     for path in glob.iglob("/proc/[0-9]*/fd/*") if sockets else ():
         with suppress(OSError):
             if os.readlink(path) in sockets:
-                pid = int(path.split("/")[2])
-                return printable(", ".join([f"pid {pid}", *command_line(pid)[:1]]))
-    return "a process of another user" if sockets else ""
+                pids.add(int(path.split("/")[2]))
+    known = [", ".join([f"pid {pid}", *command_line(pid)[:1]]) for pid in sorted(pids)[::-1]]
+    return printable(" and ".join(known)) or ("a process of another user" if sockets else "")
 
 
 # While Traefik is down, a user of the machine could take its ports and ask visitors for passwords.
