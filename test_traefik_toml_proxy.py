@@ -807,6 +807,17 @@ def test_merging_keeps_both_and_changes_neither(under: Any, over: Any) -> None:
     assert all(flat.get(path, wanted) == wanted for path, wanted in values(over).items())
 
 
+def test_no_entry_point_delays_a_stop() -> None:
+    settings = make_settings(public_url="https://127.0.0.1/", redirect_http_port=80)
+    settings = dataclasses.replace(settings, https=True, redirect_port=80)
+    static = tomli.loads(proxy.static_config(settings, proxy.NEWEST))
+    waits = {
+        name: entry_point["transport"]["lifeCycle"]["graceTimeOut"]
+        for name, entry_point in static["entryPoints"].items()
+    }
+    assert waits == dict.fromkeys(("https", "auth_api", "redirect"), "0s")
+
+
 @pytest.mark.process
 async def test_the_defaults_that_hurt_jupyter_are_changed(make_proxy: ProxyFactory) -> None:
     made = make_proxy(
@@ -816,7 +827,6 @@ async def test_the_defaults_that_hurt_jupyter_are_changed(make_proxy: ProxyFacto
     static = tomli.loads(files_of(made)[0].read_text())
     http_entry = static["entryPoints"]["http"]
     assert http_entry["transport"]["respondingTimeouts"]["readTimeout"] == "24h"
-    assert http_entry["transport"]["lifeCycle"]["graceTimeOut"] == "0s"
     assert http_entry["http"]["maxHeaderBytes"] == 2097152
     assert all(http_entry["http"]["encodedCharacters"].values())
     assert static["providers"]["providersThrottleDuration"] == "0s"
@@ -2724,7 +2734,19 @@ for port in map(int, sys.argv[1:]):
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def closes_at_once(port: int) -> bool:
+    """Whether a connection to a port is taken, and closed before anything is said."""
+    with socket.create_connection(("127.0.0.1", port), 5) as connection:
+        connection.settimeout(0.5)
+        try:
+            return connection.recv(1) == b""
+        except ConnectionResetError:
+            return True
+        except TimeoutError:
+            return False
+
+
+@only_root
 @pytest.mark.process
 async def test_no_user_takes_a_port_while_traefik_is_down(
     managed: TraefikTomlProxy, backends: Backends, monkeypatch: pytest.MonkeyPatch
@@ -2743,11 +2765,47 @@ async def test_no_user_takes_a_port_while_traefik_is_down(
     assert await asyncio.to_thread(tried.wait, 10)
     take = [sys.executable, "-c", TAKE, str(port), str(api_port)]
     assert subprocess.check_output(take, stderr=subprocess.STDOUT, text=True) == ""
-    waiting = asyncio.ensure_future(asyncio.to_thread(who, port, "/user/a/"))
     monkeypatch.setattr(proxy.TraefikProcess, "start", start)
-    assert await waiting == "a", "who comes meanwhile waits"
+    assert await asyncio.to_thread(who, port, "/user/a/") == "a", "who comes meanwhile waits"
+
+    monkeypatch.setattr(proxy.TraefikProcess, "start", fail)
+    os.kill(process.pid, signal.SIGKILL)
+    await asyncio.to_thread(wait_until, lambda: all(closes_at_once(port) for _ in range(5)), 30)
+    assert subprocess.check_output(take, stderr=subprocess.STDOUT, text=True) == ""
+    monkeypatch.setattr(proxy.TraefikProcess, "start", start)
+    await asyncio.to_thread(wait_until, lambda: not closes_at_once(port), 60)
+    assert await asyncio.to_thread(who, port, "/user/a/") == "a"
     await managed.stop()
     assert "was taken" in subprocess.check_output(take, text=True), "what the tries are worth"
+
+
+@pytest.mark.process
+async def test_a_traefik_that_is_slow_to_start_is_not_killed(
+    make_proxy: ProxyFactory,
+    backends: Backends,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = make_proxy(check_route_timeout=2)
+    await made.start()
+    start, process = proxy.TraefikProcess.start, made.control.process
+
+    def start_slowly(process: proxy.TraefikProcess) -> None:
+        start(process)
+        os.kill(process.pid, signal.SIGSTOP)
+
+    monkeypatch.setattr(proxy.TraefikProcess, "start", start_slowly)
+    await killed(made)
+    pid = process.pid
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match="cannot be reached"):
+            await made.add_route("/user/a/", backends("a"), {})
+    assert (process.pid, process.runs()) == (pid, True)
+    assert "it was killed" not in caplog.text
+    os.kill(pid, signal.SIGCONT)
+    await made.add_route("/user/b/", backends("b"), {})
+    assert [who(port_of(made), f"/user/{name}/") for name in "ab"] == ["a", "b"]
+    assert process.pid == pid
 
 
 def test_who_came_before_the_hold_is_turned_away() -> None:
@@ -2825,13 +2883,21 @@ def test_connections_are_held_until_they_are_admitted(tmp_path: Path) -> None:
         with socket.create_connection(("127.0.0.1", port), 5) as connection:
             connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
             connection.settimeout(0.7)
+            process.admit(process.pid + 1)  # for another one, which may have ended
             with pytest.raises(TimeoutError):
                 connection.recv(100)
-            process.admit()
+            process.admit(process.pid)
             connection.settimeout(10)
             assert connection.recv(100).startswith(b"HTTP/1.0 404")
         written = Path(settings.pid_file).read_bytes().splitlines()
         assert (written[0], len(written[1]), written[2]) == (pid, 64, started)
+        process.kill()
+        assert not process.runs(10)
+        process.start()
+        process.kill()
+        assert not process.runs(10)
+        process.admit(process.pid)
+        assert Path(settings.pid_file).read_bytes().splitlines()[1] == b"", "nobody takes them"
     finally:
         process.release(end=True)
     assert os.listdir(tmp_path) == ["rules.toml"]
@@ -7391,7 +7457,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 # The module is built to rules, and these tests hold it to them by its syntax tree. Each checker
 # returns what breaks a rule, with the line. Limits on complexity are ruff's, in pyproject.toml.
 
-MOST_LINES = 3_320  # of the module; 2,000 are the aim
+MOST_LINES = 3_350  # of the module; 2,000 are the aim
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 40, 300
 LEAST_COMMENTS = 0.2  # of all lines: those of docstrings, and those with a comment
 MOST_ATTRIBUTES = 12  # of TraefikTomlProxy, beside its options

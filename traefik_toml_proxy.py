@@ -796,6 +796,8 @@ def entry_points(settings: Settings, version: Version) -> str:
     text += toml_table(public, address=settings.public_address)
     text += "\n# A stop does not wait for open websockets."
     text += toml_table(f"{public}.transport.lifeCycle", graceTimeOut="0s")
+    if settings.should_start:  # else new connections would come, and wait in the hub's socket
+        text += toml_table(f"{api}.transport.lifeCycle", graceTimeOut="0s")
     text += "\n# Uploads may take a day; by default Traefik cuts them after 60 s."
     text += toml_table(f"{public}.transport.respondingTimeouts", readTimeout="24h")
     text += "\n# Requests at once in a connection, each with 64 KB of headers; by default 250."
@@ -824,6 +826,8 @@ def redirect_entry_point(settings: Settings, headers: Table) -> str:
     redirect, host = "entryPoints.redirect", settings.public_address.rpartition(":")[0]
     text = "\n# Plain HTTP is redirected."
     text += toml_table(redirect, address=f"{host}:{settings.redirect_port}")
+    if settings.should_start:
+        text += toml_table(f"{redirect}.transport.lifeCycle", graceTimeOut="0s")
     text += trusted_by(redirect, settings)
     if headers:
         text += toml_table(f"{redirect}.http", **headers)
@@ -1669,6 +1673,13 @@ def listen_at(address: str) -> socket.socket:
     return listener
 
 
+def turn_away(listener: socket.socket) -> None:
+    """Close the connections that nobody has taken from a socket, which does not block."""
+    with suppress(OSError):  # no more are there
+        for _ in range(1 << 16):
+            listener.accept()[0].close()
+
+
 def hold(listener: socket.socket) -> None:
     """Have connections wait until HOLD is taken off a socket; turn away those that came before.
 
@@ -1677,9 +1688,7 @@ def hold(listener: socket.socket) -> None:
     program = ctypes.create_string_buffer(HOLD)
     filtering = struct.pack("HP", len(HOLD) // 8, ctypes.addressof(program))
     listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filtering)
-    with suppress(OSError):  # no more are there
-        for _ in range(1 << 16):
-            listener.accept()[0].close()
+    turn_away(listener)
 
 
 def start_time(pid: int) -> bytes:
@@ -1837,6 +1846,7 @@ class TraefikProcess:
         self._popen: subprocess.Popen[bytes] | None = None  # None for an adopted one
         self._sockets: dict[str, socket.socket] = {}  # of Traefik, by entry point
         self._held = False  # whether users' connections wait for Traefik
+        self._gate = threading.Lock()  # held while that changes
         self._watcher = threading.Thread(target=self._watch, name="traefik-watch", daemon=True)
         self._stopping = threading.Event()  # it is not to be started again
 
@@ -1916,13 +1926,14 @@ class TraefikProcess:
                 resource.prlimit(self.pid, resource.RLIMIT_FSIZE, limit)
         self._write_pid_file()
 
-    def admit(self) -> None:
-        """Let connections through to Traefik, which serves the routes now."""
-        users = self._sockets.get(self._settings.traefik_entrypoint)
-        if users and self._held:
-            users.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
-            self._held = False
-            self._write_pid_file()
+    def admit(self, pid: int) -> None:
+        """Let connections through to Traefik, if it is still the process that serves the routes."""
+        with self._gate:
+            users = self._sockets.get(self._settings.traefik_entrypoint)
+            if users and self._held and pid == self.pid and self.runs():
+                users.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+                self._held = False
+                self._write_pid_file()
 
     def watch(self) -> None:
         """From now on start it again when it dies."""
@@ -1949,6 +1960,11 @@ class TraefikProcess:
             user = os.stat(f"/proc/{self.pid}").st_uid
             return trusted_listener(self._settings.api_address, user)
         return frozenset()
+
+    def has_come_up(self, answered: bool) -> bool:
+        """Whether it has opened its ports. Where the hub did, only an answer of it tells."""
+        kept = self._settings.traefik_api_entrypoint in self._sockets
+        return answered if kept else bool(self.listener())
 
     def lacks_descriptors(self) -> str:
         """Say that the process has no file descriptors left, so that it can take no connection."""
@@ -2006,7 +2022,7 @@ class TraefikProcess:
                 last.callback(remove_file, self._pid_file)
             if end:
                 last.callback(remove_file, self._settings.static_file)
-            self.admit()
+            self.admit(self.pid)
 
     def _arguments(self) -> list[str]:
         """Return the command line of Traefik."""
@@ -2032,9 +2048,20 @@ class TraefikProcess:
     def _hold(self) -> None:
         """Have users' connections wait for Traefik, if the hub listens and the kernel can."""
         if users := self._sockets.get(self._settings.traefik_entrypoint):
-            with suppress(OSError):
+            with self._gate, suppress(OSError):
                 hold(users)
                 self._held = True
+
+    def _rest(self, pause: float) -> None:
+        """Wait some seconds; if more than one, meanwhile close users' connections at once."""
+        users, end = self._sockets.get(self._settings.traefik_entrypoint), time.monotonic() + pause
+        if not users or pause <= 1:
+            self._stopping.wait(pause)
+            return
+        with suppress(OSError):
+            users.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+        while time.monotonic() < end and not self._stopping.wait(0.05):
+            turn_away(users)
 
     def _close_sockets(self) -> None:
         """Listen no more."""
@@ -2076,7 +2103,8 @@ class TraefikProcess:
             young = time.monotonic() - began < 1 + pause
             pause = min(2 * pause + 0.1, 30) if young else 0
             self.log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
-            if not self._stopping.wait(pause):
+            self._rest(pause)
+            if not self._stopping.is_set():
                 try:
                     self.start()
                     with suppress(RuntimeError):  # the worker has been shut down
@@ -2109,6 +2137,7 @@ class Confirmation:
         self._served = ""  # the newest revision that Traefik was seen to serve
         self._header_on = 0  # number of the connection on which Traefik shows the revision, too
         self._pace = 0.001  # seconds that Traefik took of late
+        self._asked = self._answered = 0  # pids of the process asked last, and of one that answered
         # Seconds into this wait, when Traefik was helped, and when the file was written again.
         self._helped = self._rewritten = 0.0
 
@@ -2144,9 +2173,9 @@ class Confirmation:
             else:
                 reason = diagnose(problem, self._rules.path, self._api)
             raise TimeoutError(f"Traefik did not load {self._rules.path} {limit}: {reason}")
-        self._served = self._rules.revision
+        self._served, self._answered = self._rules.revision, self._asked
         if self._process:
-            self._process.admit()
+            self._process.admit(self._asked)
         if not self._helped:  # that would count the delay before it, which is made of the pace
             self._pace = min(time.monotonic() - began, 2 * self._pace + 0.001)
 
@@ -2181,6 +2210,7 @@ class Confirmation:
         if closing.wait(min(pause, 0.05)):
             raise RuntimeError("the proxy was stopped before Traefik loaded the change")
         process = self._process
+        self._asked = process.pid if process else 0
         # One that is not served ended at its first start.
         if process and not (restarts and process.served) and not process.runs():
             raise RuntimeError(process.last_words())
@@ -2233,6 +2263,7 @@ class Confirmation:
         it only lacks the descriptors for another connection: then users go on with theirs.
         """
         process, before = self._process, self._helped
+        self._answered = self._asked if problem.status else self._answered
         if not process or elapsed <= before + 0.3 + 5 * self._pace:
             return problem
         due = min(self._timeout / 2, 2 if problem.status else 60)
@@ -2242,7 +2273,7 @@ class Confirmation:
         elif problem.status in (0, 404) and before <= due < elapsed and process.served:
             if lack := process.lacks_descriptors():
                 process.log.error("Traefik (pid %i) does not answer: %s", process.pid, lack)
-            elif process.listener() and process.kill():
+            elif process.has_come_up(self._answered == process.pid) and process.kill():
                 process.log.error("Traefik did not answer: it was killed and is started again")
         self._helped = elapsed
         return problem
@@ -2461,6 +2492,7 @@ class TraefikControl:
         process = self.process
         if not (self.running and process):
             return
+        pid = process.pid
         try:
             if process.version == self.rules.version:
                 self.confirmation.wait(self._closing, restarts=False)
@@ -2478,7 +2510,7 @@ class TraefikControl:
             if process.runs():  # else its end is in the log
                 raise
         finally:
-            process.admit()
+            process.admit(pid)
 
     def renew_certificate(self) -> None:
         """Have Traefik read the certificate again if it is another one and has a key that fits."""
