@@ -397,6 +397,11 @@ def port_of(proxy: TraefikTomlProxy) -> int:
     return urllib.parse.urlsplit(proxy.public_url).port or 0
 
 
+def api_port_of(proxy: TraefikTomlProxy) -> int:
+    """Return the port of Traefik's API."""
+    return urllib.parse.urlsplit(proxy.traefik_api_url).port or 0
+
+
 # An ACME authority --------------------------------------------------------------------------------
 
 

@@ -104,6 +104,7 @@ from conftest import (
     Pebble,
     ProxyFactory,
     WholeHub,
+    api_port_of,
     fetch,
     free_port,
     installed_traefik,
@@ -1621,7 +1622,7 @@ async def test_an_external_file_is_the_administrators(
     assert who(port_of(made), "/user/a/") == "a"
     assert who(port_of(made), "/mine") == "418"
     assert rules.stat().st_mode & 0o777 == 0o644
-    api_port = int(made.traefik_api_url.rsplit(":", 1)[1])
+    api_port = api_port_of(made)
     assert fetch(api_port, "/api/version")[0] == 401
     basic = {"Authorization": "Basic " + base64.b64encode(b"abc:xxx").decode()}
     assert fetch(api_port, "/api/version", basic)[0] == 200
@@ -1811,7 +1812,7 @@ def test_the_api_is_asked_directly_with_credentials(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.process
 async def test_the_api_asks_for_credentials_and_is_not_public(managed: TraefikTomlProxy) -> None:
-    api_port = int(managed.traefik_api_url.rsplit(":", 1)[1])
+    api_port = api_port_of(managed)
     paths = ["/api/http/routers", "/api/rawdata", "/dashboard/", "/dashboard", "/api", "/api/x"]
     for path in paths:
         assert fetch(api_port, path)[0] == 401
@@ -1856,7 +1857,7 @@ async def test_who_takes_the_port_of_the_api_learns_nothing(
     Path(wrapper).unlink()
     os.kill(made.control.process.pid, signal.SIGKILL)
     await asyncio.to_thread(wait_until, lambda: not made.control.process.runs())
-    api_port = int(made.traefik_api_url.rsplit(":", 1)[1])
+    api_port = api_port_of(made)
     heard, said = multiprocessing.Pipe(duplex=False)
     fork = multiprocessing.get_context("fork")
     recorder = fork.Process(target=record, args=(user, api_port, said))
@@ -1877,7 +1878,7 @@ async def test_who_takes_the_port_of_the_api_learns_nothing(
 
 @pytest.mark.process
 async def test_each_start_of_traefik_has_a_new_password(managed: TraefikTomlProxy) -> None:
-    port = int(managed.traefik_api_url.rsplit(":", 1)[1])
+    port = api_port_of(managed)
 
     def status(password: str) -> int:
         token = base64.b64encode(f"jupyterhub:{password}".encode()).decode()
@@ -1919,10 +1920,10 @@ async def test_who_listens_at_another_address_of_the_port_is_nobody(
     make_proxy: ProxyFactory, backends: Backends, host: str
 ) -> None:
     made = make_proxy(check_route_timeout=4)
-    port = made.traefik_api_url.rsplit(":", 1)[1]
+    port = api_port_of(made)
     python = shutil.which("python3", path="/usr/bin:/bin") or sys.executable
     listener = subprocess.Popen(
-        [python, "-c", LISTENER, str(SOMEBODY), host, port],
+        [python, "-c", LISTENER, str(SOMEBODY), host, str(port)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -2304,7 +2305,7 @@ async def test_files_that_are_gone_come_back_with_traefik(
     for path in files_of(made):  # without the first, Traefik would open port 80
         path.unlink()
     await killed(made)
-    api_port = urllib.parse.urlsplit(made.traefik_api_url).port or 0
+    api_port = api_port_of(made)
     await asyncio.to_thread(fetch, api_port, "/")  # it has looked for its file by now
     await made.add_route("/user/b/", backends("b"), {})
     assert [who(port_of(made), f"/user/{name}/") for name in "ab"] == ["a", "b"]
@@ -2355,7 +2356,7 @@ async def test_the_traefik_of_an_earlier_hub_is_adopted(
     first = make_proxy(traefik_api_password="one")
     await first.start()
     await first.add_route("/user/a/", backends("a"), {"user": "a"})
-    port, api_port = port_of(first), int(first.traefik_api_url.rsplit(":", 1)[1])
+    port, api_port = port_of(first), api_port_of(first)
     websocket = await tornado.websocket.websocket_connect(f"ws://127.0.0.1:{port}/user/a/ws")
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request("GET", "/user/a/?stream=1")
@@ -2718,8 +2719,9 @@ def sockets_of(pid: int) -> set[str]:
 
 TAKE = """
 import os, socket, sys
-os.setuid(12345)
-for port in map(int, sys.argv[1:]):
+user, *ports = map(int, sys.argv[1:])
+os.setuid(user)
+for port in ports:
     for option in (0, socket.SO_REUSEADDR, socket.SO_REUSEPORT):
         for address in ("127.0.0.1", ""):
             with socket.socket() as taken:
@@ -2753,7 +2755,7 @@ async def test_no_user_takes_a_port_while_traefik_is_down(
 ) -> None:
     await managed.add_route("/user/a/", backends("a"), {})
     port, process = port_of(managed), managed.control.process
-    api_port = urllib.parse.urlsplit(managed.traefik_api_url).port
+    api_port = api_port_of(managed)
     start, tried = proxy.TraefikProcess.start, threading.Event()
 
     def fail(process: proxy.TraefikProcess) -> None:
@@ -2763,7 +2765,7 @@ async def test_no_user_takes_a_port_while_traefik_is_down(
     monkeypatch.setattr(proxy.TraefikProcess, "start", fail)
     os.kill(process.pid, signal.SIGKILL)
     assert await asyncio.to_thread(tried.wait, 10)
-    take = [sys.executable, "-c", TAKE, str(port), str(api_port)]
+    take = [sys.executable, "-c", TAKE, *map(str, (SOMEBODY, port, api_port))]
     assert subprocess.check_output(take, stderr=subprocess.STDOUT, text=True) == ""
     monkeypatch.setattr(proxy.TraefikProcess, "start", start)
     assert await asyncio.to_thread(who, port, "/user/a/") == "a", "who comes meanwhile waits"
@@ -3287,7 +3289,7 @@ async def test_what_is_wrong_with_an_external_traefik(
 @pytest.mark.process
 async def test_traefik_shows_the_revision_and_nothing_else(managed: TraefikTomlProxy) -> None:
     await managed.add_route("/user/a/", "http://127.0.0.1:9", {})
-    api = urllib.parse.urlsplit(managed.traefik_api_url).port or 0
+    api = api_port_of(managed)
     seen = managed.control.api.revision(5)
     assert seen
     assert seen in files_of(managed)[1].read_text()
@@ -3337,7 +3339,7 @@ async def test_a_traefik_that_comes_back_without_the_entry_point_is_noticed(
     static = make_proxy.directory / "admin-static" / "traefik.toml"
     static.write_text(static.read_text().replace("entryPoints.http]", "entryPoints.web]"))
     make_proxy.start_traefik(str(static), installed_traefik())
-    api_port = urllib.parse.urlsplit(made.traefik_api_url).port or 0
+    api_port = api_port_of(made)
     wait_until(lambda: fetches(api_port, f"/{proxy.REVISION}") == 418)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="Traefik refuses the routes"):
@@ -3381,7 +3383,7 @@ async def test_last_activity(managed: TraefikTomlProxy, backends: Backends) -> N
     await managed.add_route("/user/new/", backends("new"), {})  # and a reload is no activity
     assert "/user/new/" not in active(await managed.get_all_routes())
 
-    api_port = int(managed.traefik_api_url.rsplit(":", 1)[1])
+    api_port = api_port_of(managed)
     assert fetch(api_port, "/metrics")[0] == 401
     assert who(port, "/metrics") == "hub", "nothing of it is public"
     token = f"{managed.traefik_api_username}:{managed.control.settings.traefik_api_password}"
@@ -5451,10 +5453,10 @@ def test_a_port_that_a_url_leaves_out_is_that_of_its_scheme(
     monkeypatch.setattr(proxy, "port_holder", lambda port: "pid 7" if port == 80 else "")
     text = setup.check(fails=True)["api"][1]
     assert text.endswith("the port of JupyterHub.bind_url is held by pid 7")
-    places = {(443, "::1"): {"9": 12345}}
+    places = {(443, "::1"): {"9": SOMEBODY}}
     monkeypatch.setattr(proxy, "listening_sockets", lambda *place: places.get(place, {}))
     owner = setup.directory.stat().st_uid
-    assert proxy.users_of_traefik("https://[::1]/", str(setup.rules)) == sorted({owner, 12345})
+    assert proxy.users_of_traefik("https://[::1]/", str(setup.rules)) == sorted({owner, SOMEBODY})
 
 
 @pytest.mark.process
@@ -6505,7 +6507,7 @@ async def test_the_recipes_files_for_an_external_traefik_work(
     make_proxy.start_traefik(str(static_file), installed_traefik())
     await made.add_route("/user/a/", backends("a"), {})
     assert who(port_of(made), "/user/a/") == "a"
-    api_port = int(made.traefik_api_url.rsplit(":", 1)[1])
+    api_port = api_port_of(made)
     assert fetch(api_port, "/dashboard/")[0] == 401
 
 
@@ -6801,7 +6803,7 @@ async def test_a_mounted_file_stays_the_old_one(
         check_route_timeout=4,
     )
     port = port_of(made)
-    ports = SimpleNamespace(port=port, api_port=made.traefik_api_url.rsplit(":", 1)[1])
+    ports = SimpleNamespace(port=port, api_port=api_port_of(made))
     container_files(ports, tmp_path)
 
     async def start_traefik() -> None:

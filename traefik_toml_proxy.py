@@ -2395,8 +2395,8 @@ class TraefikControl:
         try:
             self.rules = RulesFile(settings, process.version, self._validate, log)
             host, port = split_address(settings.api_address)
-            holder = port_holder(port, host)  # who could answer in its place
-            if holder and not found:
+            # Who could answer in its place. To find that out takes a look at all processes.
+            if not found and (holder := port_holder(port, host)):
                 raise RuntimeError(f"{self.api.url} (traefik_api_url) is held by {holder}")
         except BaseException:
             process.release()
