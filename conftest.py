@@ -104,6 +104,13 @@ def installed_traefik() -> str:
     return found
 
 
+def picture(*paths: Path) -> list[Any]:
+    """Return all that a write, and no read, would change of files and of what is beside them."""
+    stats = [path.stat() for path in paths]
+    of_files = [(one.st_ino, one.st_mtime_ns, one.st_ctime_ns, one.st_size) for one in stats]
+    return [of_files, *({*os.listdir(path.parent)} for path in paths)]
+
+
 def make_certificate(stem: Path, *names: str, days: float = 30) -> tuple[str, str]:
     """Make a certificate that signs itself and lasts some days from now, and its key.
 

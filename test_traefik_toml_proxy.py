@@ -111,6 +111,7 @@ from conftest import (
     make_certificate,
     make_settings,
     new_environment,
+    picture,
     port_of,
     stand_in_app,
     traefik_binary,
@@ -4806,11 +4807,11 @@ c.Proxy.extra_routes = {{"/impostor/": "https://127.0.0.1:{impostor.server_port}
         names = str(secure.getpeercert())
     assert "proxy-api" in names
     trust = hub.directory / "internal" / "hub-ca_trust.crt"
-    before = trust.stat()
+    before = picture(trust)
     command = [sys.executable, "-m", "traefik_toml_proxy", "check", "--json"]
     found = json.loads(subprocess.check_output(command, cwd=hub.directory))
     assert [item for item in found if item["level"] != "ok"] == []
-    assert trust.stat() == before, "the hub's own files are not written anew"
+    assert picture(trust) == before, "the hub's own files are not written anew"
     assert hub.kill_server("alice")
     response = hub.request(f"{base}lab", **BROWSER)
     assert response.status == 503
@@ -5262,13 +5263,11 @@ async def test_check_leaves_a_running_hub_alone(
     made = setup.hub()
     await made.start()
     await made.add_route("/", backends("hub"), {})
-    before, names = setup.rules.stat(), sorted(os.listdir(setup.rules.parent))
+    before = picture(setup.rules)
     found = setup.check()
     assert levels(found) == {}
     assert "a password, one that the hub made up" in found["api"][1]
-    after = setup.rules.stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert sorted(os.listdir(setup.rules.parent)) == names
+    assert picture(setup.rules) == before
     await made.add_route("/user/a/", backends("a"), {})
     assert "was changed or removed" not in caplog.text
     api = made.control.api.get("/api/rawdata", 5)
@@ -5591,13 +5590,6 @@ async def test_check_waits_for_a_traefik_that_reads_the_file_just_now(
     await adding
 
 
-def picture(*paths: Path) -> list[Any]:
-    """Return all that a write would change of files and of what is beside them."""
-    stats = [path.stat() for path in paths]
-    of_files = [(one.st_ino, one.st_mtime_ns, one.st_ctime_ns, one.st_size) for one in stats]
-    return [of_files, *({*os.listdir(path.parent)} for path in paths)]
-
-
 @pytest.mark.process
 @pytest.mark.parametrize("served", [True, False])
 async def test_check_only_looks(setup: Setup, backends: Backends, served: bool) -> None:
@@ -5817,7 +5809,7 @@ def test_routes_tells_where_each_goes_whose_it_is_and_who_is_there(
             "/zzz/": (there, {}),
         },
     )
-    before = setup.rules.stat()
+    before = picture(setup.rules)
     rows = json.loads(setup.run("routes", "--json"))
     assert [(row["routespec"], row["owner"], row["accepts"]) for row in rows] == [
         ("/", "the hub", True),
@@ -5838,7 +5830,7 @@ def test_routes_tells_where_each_goes_whose_it_is_and_who_is_there(
     assert re.split("  +", lines[5])[3] == "Connection refused"
     assert "user x??[1my" in lines[6]
     assert len({line.index("  user ") for line in lines[4:7]}) == 1, "columns stand"
-    assert setup.rules.stat() == before, "it only looks"
+    assert picture(setup.rules) == before, "it only looks"
 
 
 @pytest.mark.parametrize("text", [None, "", MINE])
