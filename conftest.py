@@ -87,7 +87,7 @@ def free_port() -> int:
             return port
 
 
-def wait_until(what: Callable[[], Any], timeout: float = 20) -> Any:
+def wait_until(what: Callable[[], Any], timeout: float = 60) -> Any:
     """Return the first true value of a function, called again and again."""
     deadline = time.monotonic() + timeout
     while not (value := what()):
@@ -263,7 +263,7 @@ def fetch(
     body: Any = None,
 ) -> tuple[int, Any]:
     """Send a request with exactly this path; return the status and the body, from JSON if it is."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
@@ -608,6 +608,7 @@ c.JupyterHub.spawner_class = "simple"
 c.JupyterHub.log_level = "DEBUG"
 c.Authenticator.allow_all = True
 c.Spawner.args = ["--allow-root"]
+c.Spawner.poll_interval = 0  # what a test has killed is not to be found out meanwhile
 # What users' servers say of their own troubles is not the hub's log.
 servers = os.open("servers.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 c.LocalProcessSpawner.popen_kwargs = {{"stdout": servers, "stderr": subprocess.STDOUT}}
@@ -650,7 +651,9 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
             except OSError:
                 return False
 
-        wait_until(up, 30)
+        wait_until(up, 90)
+        # Only after this line signals end it in good order.
+        wait_until(lambda: "is now running" in self.log(), 90)
 
     def request(
         self, path: str, data: bytes | None = None, method: str | None = None, **headers: str
@@ -669,7 +672,7 @@ c.TraefikTomlProxy.traefik_api_url = "http://127.0.0.1:{self.api_port}"
 
         try:
             https = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
-            response = urllib.request.build_opener(NoRedirect, https).open(request, timeout=30)
+            response = urllib.request.build_opener(NoRedirect, https).open(request, timeout=60)
         except urllib.error.HTTPError as error:
             response = error
         for cookie in response.headers.get_all("Set-Cookie", []):
@@ -883,7 +886,7 @@ class Machine:
     def run(self, script: str, directory: str = str(HERE)) -> str:
         """Run lines of a shell there, until one fails; return what they print."""
         command = self.enter("sh", "-ec", f"cd {directory}\n{script}")
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=180)
         assert run.returncode == 0, (script, run.stdout, run.stderr, self.log_text())
         return run.stdout
 
