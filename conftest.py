@@ -31,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import pytest
 import tomli
 import tomli_w
@@ -46,6 +47,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from traefik_toml_proxy import Settings, TraefikTomlProxy
 
 HERE = Path(__file__).parent
+# No limit of time for an example: what else runs on the machine is no fault of the module.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
+
 OLD_VERSIONS = ("3.0.4", "3.3.6", "3.4.1", "3.6.4")
 
 
