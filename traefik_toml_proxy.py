@@ -1659,17 +1659,10 @@ def listen_at(address: str) -> socket.socket:
     """Listen where Traefik is to, as it would itself. Raises ``OSError``."""
     host, port = split_address(address)
     every = not host.strip("0.:") and socket.has_dualstack_ipv6()  # as Go takes 0.0.0.0, too
-    listener = socket.socket(socket.AF_INET6 if every or ":" in host else socket.AF_INET)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if listener.family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not every)
-        listener.bind(("" if every else host, port))
-        listener.listen(1 << 16)  # of which the kernel takes less
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
+    family = socket.AF_INET6 if every or ":" in host else socket.AF_INET
+    place, most = ("" if every else host, port), 1 << 16  # of which the kernel takes less
+    listener = socket.create_server(place, family=family, backlog=most, dualstack_ipv6=every)
+    listener.setblocking(False)
     return listener
 
 
