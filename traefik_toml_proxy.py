@@ -2362,19 +2362,18 @@ class TraefikControl:
         validate: Validate,
         log: logging.Logger,
         closing: threading.Event,
-        restarted: Callable[[], object],
+        submit: Callable[[Callable[[], None]], object],
     ) -> None:
         """Prepare. Once ``closing`` is set, every wait ends.
 
-        ``restarted`` is called when Traefik has been started again, and has to have the worker
-        thread call ``after_restart``.
+        ``submit`` has the worker thread call something, and does not wait for it.
         """
         self.settings = settings
         listener = self._listener if settings.should_start else None
         self.api = TraefikAPI(settings, settings.traefik_api_password, listener)
         self.activity = Activity(self.api, log)
         self._validate, self._log, self._closing = validate, log, closing
-        self._restarted = restarted
+        self._restarted = partial(submit, self.after_restart)  # when Traefik was started again
 
     def start(self) -> None:
         """Write both files, adopt or start Traefik, and wait until it serves them."""
@@ -2858,24 +2857,14 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
                     await asyncio.sleep(0.01)
             raise
 
-    # The next three run in the worker thread.
-
-    def _refit(self) -> None:
-        """Do what is due after another start of Traefik."""
-        if self.control:
-            self.control.after_restart()
+    # The next two run in the worker thread.
 
     def _start(self) -> TraefikControl:
         """Make a control that runs, unless there is one. Raises as its methods do."""
         if self.control:
             return self.control
-        settings = self.make_settings()
         control = TraefikControl(
-            settings,
-            self.validate_routespec,
-            self.log,
-            self._closing,
-            restarted=partial(self._submit, self._refit),
+            self.make_settings(), self.validate_routespec, self.log, self._closing, self._submit
         )
         try:
             (control.start if self.should_start else control.connect)()
