@@ -69,6 +69,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from itertools import groupby
 from operator import itemgetter
 from os.path import commonprefix
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -1111,8 +1112,7 @@ def replace_file(
     temporary = f"{path}.tmp"  # no .toml: Traefik, watching the directory, must not load it
     data = text.encode()
     try:
-        with suppress(FileNotFoundError):  # left by a hub that died while writing
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)  # left by a hub that died while writing
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(temporary, flags, 0o600), "wb") as file:
             old = os.lstat(path) if keep_mode and os.path.lexists(path) else None
@@ -1133,12 +1133,6 @@ def replace_file(
             os.unlink(temporary)
         raise file_error("write", path, option, error) from None
     return written
-
-
-def remove_file(path: str) -> None:
-    """Remove a file, if it is there. Raises ``OSError``."""
-    with suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def find_file(path: str, usual: bool, option: str) -> str:
@@ -1327,7 +1321,7 @@ class RulesFile:
             if self._others:
                 replace_file(self.path, f"{self._others}\n", RULES, keep_mode=False)
             else:
-                remove_file(self.path)
+                Path(self.path).unlink(missing_ok=True)
         except OSError as error:
             self._log.error("%s was not removed: %s", self.path, error)
 
@@ -2014,9 +2008,9 @@ class TraefikProcess:
             last.callback(self.output.file.close)
             last.callback(self._close_sockets)
             if end or not self.pid:
-                last.callback(remove_file, self._pid_file)
+                last.callback(Path(self._pid_file).unlink, missing_ok=True)
             if end:
-                last.callback(remove_file, self._settings.static_file)
+                last.callback(Path(self._settings.static_file).unlink, missing_ok=True)
             self.admit(self.pid)
 
     def _arguments(self) -> list[str]:
@@ -2553,7 +2547,7 @@ class TraefikControl:
                 if remove_rules:
                     self.rules.remove()
                     with suppress(OSError):
-                        remove_file(self.settings.activity_file)
+                        Path(self.settings.activity_file).unlink(missing_ok=True)
 
 
 def users_of_traefik(api_url: str, rules_file: str) -> list[int]:
