@@ -5472,7 +5472,8 @@ def test_a_port_that_a_url_leaves_out_is_that_of_its_scheme(
     places = {(443, "::1"): {"9": SOMEBODY}}
     monkeypatch.setattr(proxy, "listening_sockets", lambda *place: places.get(place, {}))
     owner = setup.directory.stat().st_uid
-    assert proxy.users_of_traefik("https://[::1]/", str(setup.rules)) == sorted({owner, SOMEBODY})
+    address = proxy.listen_address("traefik_api_url", "https://[::1]/")
+    assert proxy.users_of_traefik(address, str(setup.rules)) == sorted({owner, SOMEBODY})
 
 
 @pytest.mark.process

@@ -652,12 +652,6 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def split_url(url: str) -> tuple[str, int]:
-    """Return host and port of a URL, by default the port of its scheme. Raises ``ValueError``."""
-    place = urlsplit(url)
-    return place.hostname or "", place.port or (443 if place.scheme == "https" else 80)
-
-
 def trusted_networks(option: str, values: Iterable[str]) -> list[str]:
     """Return addresses and networks as Traefik takes them. Raises ``ValueError`` for all else.
 
@@ -1460,7 +1454,7 @@ class TraefikAPI:
         self.connections = 0  # how many have been opened
         self._revision = settings.mark + REVISION
         self._path, https = urlsplit(self.url).path, self.url.startswith("https:")
-        host, port = split_url(self.url)
+        host, port = split_address(settings.api_address)
         self.connection = HTTPConnection(host, port)
         if https:
             internal = settings.internal_ssl and settings.should_start
@@ -2550,13 +2544,13 @@ class TraefikControl:
                         Path(self.settings.activity_file).unlink(missing_ok=True)
 
 
-def users_of_traefik(api_url: str, rules_file: str) -> list[int]:
+def users_of_traefik(api_address: str, rules_file: str) -> list[int]:
     """Return the ids of users who may be those of a Traefik that somebody else starts.
 
-    One listens at the API's port. The other owns the directory of the dynamic file, and so can
+    One listens at the API's address. The other owns the directory of the dynamic file, and so can
     replace that file anyway, such as the user of a volume's host.
     """
-    host, port = split_url(api_url)
+    host, port = split_address(api_address)
     users = set(listening_sockets(port, host).values())
     with suppress(OSError):
         users.add(os.stat(os.path.dirname(rules_file)).st_uid)
@@ -2694,7 +2688,8 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
         whose = STATIC if self.should_start else ""  # then the hub only looks at it
         static_file = find_file(self.toml_static_config_file, usual, whose)
         rules_file = find_file(self.toml_dynamic_config_file, usual, RULES)
-        trusted = [] if self.should_start else users_of_traefik(self.traefik_api_url, rules_file)
+        api_address = listen_address("traefik_api_url", self.traefik_api_url)
+        trusted = [] if self.should_start else users_of_traefik(api_address, rules_file)
         pid_file = os.path.join(os.path.dirname(static_file), "traefik.pid")
         cert, key = map(os.path.abspath, (self.ssl_cert, self.ssl_key or self.ssl_cert))
         by_http = self.letsencrypt_domains and self.letsencrypt_challenge == "http"
@@ -2714,7 +2709,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             pid_file=os.path.abspath(self.traefik_pid_file or pid_file),
             outside_url=app.public_url,
             public_address=listen_address("JupyterHub.bind_url", self.public_url),
-            api_address=listen_address("traefik_api_url", self.traefik_api_url),
+            api_address=api_address,
             opens_api=self.should_start or self.enable_setup_dynamic_config,
             counts_requests=self.should_start and self.track_last_activity,
             https=self._https or self.traefik_entrypoint == "https",
@@ -3077,9 +3072,9 @@ class Check:
             if error.status == 404 and settings.opens_api and END not in read_rules(settings):
                 return "ok", f"{url} answers nothing before the hub has started once"
         elif error.status in (0, 404):
-            options = {"traefik_api_url": url, "JupyterHub.bind_url": settings.public_url}
-            for option, address in options.items():
-                holder = port_holder(split_url(address)[1])
+            api, public = settings.api_address, settings.public_address
+            for option, address in (("traefik_api_url", api), ("JupyterHub.bind_url", public)):
+                holder = port_holder(split_address(address)[1])
                 if holder and not (error.status and "traefik" in holder):
                     return "FAIL", f"{error}; the port of {option} is held by {holder}"
             if not error.status:
@@ -3229,7 +3224,9 @@ def stored_routes(settings: Settings) -> list[tuple[str, str, Table]]:
 def silence_at(target: str) -> str:
     """Connect to a target; return "" if it accepts that, else why it does not."""
     try:
-        socket.create_connection(split_url(target), 3).close()
+        place = urlsplit(target)
+        port = place.port or (443 if place.scheme == "https" else 80)
+        socket.create_connection((place.hostname or "", port), 3).close()
     except (OSError, ValueError) as error:  # ValueError: a name that no look-up takes
         return printable(getattr(error, "strerror", None) or str(error))
     return ""
