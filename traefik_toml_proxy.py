@@ -2922,13 +2922,11 @@ class Check:
 
     def __init__(self, proxy: TraefikTomlProxy) -> None:
         """Take all from a proxy that does not run. Raises ``ValueError``."""
-        self.settings, self.version = proxy.make_settings(), UNKNOWN
-        self.api = TraefikAPI(self.settings, self.settings.traefik_api_password, self._listener())
-
-    def _listener(self) -> Callable[[], frozenset[str]] | None:
-        """Return what tells whether a Traefik that the hub starts may be who listens at the API."""
-        address = self.settings.api_address
-        return partial(trusted_listener, address) if self.settings.should_start else None
+        self.settings = settings = proxy.make_settings()
+        self.version = UNKNOWN
+        may_listen = partial(trusted_listener, settings.api_address)  # a Traefik of the hub's
+        self._listener = may_listen if settings.should_start else None
+        self.api = TraefikAPI(settings, settings.traefik_api_password, self._listener)
 
     def traefik(self) -> Finding:
         """Find the program that the hub starts, or the version that somebody else has started."""
@@ -3060,7 +3058,7 @@ class Check:
         except APIError as error:
             return self._explain(error)
         with suppress(APIError):
-            TraefikAPI(self.settings, "", self._listener()).get("/api/version", 5)
+            TraefikAPI(self.settings, "", self._listener).get("/api/version", 5)
             text = f"{url} answers without a password: whoever reaches it can read all routes"
             return "warn", text
         return "ok", f"{url} takes the hub's credentials and refuses others"
