@@ -64,6 +64,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stdout, suppress
+from fnmatch import fnmatchcase
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from itertools import groupby
@@ -264,12 +265,6 @@ def host_rule(host: str) -> str:
     if host.startswith("*."):
         return f"HostRegexp(`^.+{path_pattern(host[1:].lower(), False)}[.]?$`)"
     return f"Host(`{host}`)"
-
-
-def is_below(host: str, hosts: Sequence[str]) -> bool:
-    """Whether a host is among some, see host_rule; one that is not known is."""
-    endings = [name[1:] for name in hosts if name.startswith("*.")]
-    return not host or not hosts or host in hosts or host.endswith(tuple(endings))
 
 
 def route_rule(routespec: str, partly_encoded: bool) -> tuple[str, int | None]:
@@ -1277,10 +1272,11 @@ class RulesFile:
         return route if in_tree else Route(route.stored, route.tables, None)
 
     def _in_tree(self, routespec: str) -> bool:
-        """Whether a route is below the parents of all routes."""
+        """Whether a route is below the parents of all routes; one without a host may be."""
         settings, host = self._settings, routespec.partition("/")[0].rstrip(".").lower()
-        below = path_of(routespec).startswith(settings.base_path) and is_below(host, settings.hosts)
-        return below and self.version >= PARENTS
+        known = not host or any(fnmatchcase(host, name) for name in settings.hosts or ["*"])
+        below = path_of(routespec).startswith(settings.base_path)
+        return known and below and self.version >= PARENTS
 
     def changed_by_others(self) -> bool:
         """Whether the file is not the one that was written."""
