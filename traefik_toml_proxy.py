@@ -1447,7 +1447,6 @@ class TraefikAPI:
         self.url = settings.traefik_api_url.rstrip("/")
         self._username, self._listener = settings.traefik_api_username, listener
         self.use_password(password)
-        self.connections = 0  # how many have been opened
         self._revision = settings.mark + REVISION
         self._path, https = urlsplit(self.url).path, self.url.startswith("https:")
         host, port = split_address(settings.api_address)
@@ -1469,11 +1468,6 @@ class TraefikAPI:
     def close(self) -> None:
         """Close the connection; the next question opens another one."""
         self.connection.close()
-
-    @property
-    def connected(self) -> int:
-        """The number of the open connection, 0 for none."""
-        return self.connections if self.connection.sock else 0
 
     def get(self, path: str, timeout: float) -> Table:
         """Return the JSON object at a path, of 256 KiB at most. Raises ``APIError``."""
@@ -1521,7 +1515,7 @@ class TraefikAPI:
         It has to end within some seconds. A connection that turns out to be broken is opened again.
         """
         while True:
-            used = self.connected
+            used = self.connection.sock
             try:
                 response = self._send(self._path + path, self._credentials, timeout)
                 data = self._rest(response, most)
@@ -1560,7 +1554,6 @@ class TraefikAPI:
         """
         before = self._listener() if self._listener else None
         self.connection.connect()
-        self.connections += 1
         if self._listener and not (before and before == self._listener()):
             raise OSError("who listens there is not the Traefik that the hub started")
 
@@ -2117,7 +2110,7 @@ class Confirmation:
         self._timeout = settings.check_route_timeout
         self._root = f"/api/http/routers/{settings.mark}{ROOT}@file"
         self._served = ""  # the newest revision that Traefik was seen to serve
-        self._header_on = 0  # number of the connection on which Traefik shows the revision, too
+        self._header_on: object = None  # the socket on which Traefik shows the revision, too
         self._pace = 0.001  # seconds that Traefik took of late
         self._asked = 0  # pid of the process asked last
         self.answered = 0  # pid of the one that answered last
@@ -2137,7 +2130,8 @@ class Confirmation:
         """
         began, elapsed = time.monotonic(), 0.0
         self._helped, self._rewritten = 0.0, -1.0
-        by_header = change and self._header_on > 0 and self._header_on == self._api.connected
+        connected = self._api.connection.sock
+        by_header = change and connected is not None and connected is self._header_on
         problem: APIError | None = None
         while not problem or elapsed < self._timeout:
             self._pause(closing, elapsed, restarts)
@@ -2209,7 +2203,7 @@ class Confirmation:
             shown = self._api.revision(min(timeout, 0.3))
             unknown = APIError(f"{self._api.url} cannot be reached") if shown is None else older
             return None if shown == newest else unknown
-        self._header_on = 0
+        self._header_on = None
         try:
             if self._api.revision_of_middleware(timeout) != newest:
                 return older
@@ -2221,7 +2215,7 @@ class Confirmation:
             text = f"Traefik refuses the routes in {self._rules.path}: {why}"
             raise RuntimeError(f"{text} (see traefik_entrypoint)")
         if self._api.revision(0.3) == newest:
-            self._header_on = self._api.connected
+            self._header_on = self._api.connection.sock
         return None
 
     def _write_again(self, elapsed: float) -> APIError | None:
