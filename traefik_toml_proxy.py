@@ -1063,25 +1063,25 @@ def distrust(status: os.stat_result, trusted: Sequence[int] = ()) -> str:
     return ""
 
 
-def read_file(path: str, option: str, trusted: Sequence[int] = ()) -> str:
-    """Return the text of a file, "" if there is none. Raises ``OSError`` naming the option.
+def open_trusted(path: str, flags: int, trusted: Sequence[int] = ()) -> int:
+    """Open a file, but no link; a new one has mode 0600. Raises ``OSError``, see distrust."""
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o600)  # a FIFO may hang
+    if problem := distrust(os.fstat(handle), trusted):
+        os.close(handle)
+        raise OSError(errno.EPERM, problem)
+    return handle
 
-    It is opened once and without following a link. ``trusted``: see distrust.
-    """
+
+def read_file(path: str, option: str, trusted: Sequence[int] = ()) -> str:
+    """Return the text of a file, "" if there is none. Raises ``OSError`` naming the option."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # a FIFO may hang
+        with open(open_trusted(path, os.O_RDONLY, trusted), "rb") as file:
+            text = file.read(MOST_BYTES).decode("utf-8-sig", errors="replace")
     except FileNotFoundError:
         return ""
     except OSError as error:
         raise file_error("read", path, option, error) from None
-    try:
-        if problem := distrust(os.fstat(handle), trusted):
-            raise file_error("read", path, option, OSError(errno.EPERM, problem))
-        with open(handle, "rb", closefd=False) as file:
-            text = file.read(MOST_BYTES).decode("utf-8-sig", errors="replace")
-            return text.replace("\r\n", "\n")  # of an editor on Windows
-    finally:
-        os.close(handle)
+    return text.replace("\r\n", "\n")  # of an editor on Windows
 
 
 def read_rules(settings: Settings) -> str:
@@ -1838,14 +1838,10 @@ class TraefikProcess:
         Raises ``RuntimeError`` if another hub uses the pid file, ``OSError`` if it cannot be used.
         """
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-            handle = os.open(self._pid_file, flags, 0o600)
-            status = os.fstat(handle)
-            several = "it has several names" if status.st_nlink > 1 else ""
-            if problem := distrust(status) or several:
-                os.close(handle)
-                raise OSError(errno.EPERM, problem)
+            handle = open_trusted(self._pid_file, os.O_RDWR | os.O_CREAT)
             self._lock = open(handle, "r+b", buffering=0)
+            if os.fstat(handle).st_nlink > 1:
+                raise OSError(errno.EPERM, "it has several names")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"another hub uses {self._pid_file} (traefik_pid_file)") from None
