@@ -152,14 +152,13 @@ def placeholder_certificate(now: datetime.datetime) -> tuple[str, str]:
 
 
 def certificate_facts(data: bytes, now: datetime.datetime) -> tuple[str, int]:
-    """Return the names in a certificate, PEM or DER, and the whole days that it has left.
+    """Return the names in a certificate, PEM, and the whole days that it has left.
 
     Raises ``ValueError``, or ``ImportError`` and ``AttributeError`` for want of a new cryptography.
     """
     from cryptography import x509
 
-    pem = b"-----BEGIN" in data
-    certificate = (x509.load_pem_x509_certificate if pem else x509.load_der_x509_certificate)(data)
+    certificate = x509.load_pem_x509_certificate(data)
     names = [certificate.subject.rfc4514_string()]
     with suppress(x509.ExtensionNotFound):
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
@@ -3136,13 +3135,13 @@ class Check:
 
 
 def shown_certificate(address: str, name: str) -> bytes:
-    """Return the certificate that a server shows for a name, as DER. Raises ``OSError``."""
+    """Return the certificate that a server shows for a name, as PEM. Raises ``OSError``."""
     host, port = split_address(address)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     plain = socket.create_connection((host or "localhost", port), 5)
     with plain, context.wrap_socket(plain, server_hostname=name) as connection:
-        return connection.getpeercert(True) or b""
+        return ssl.DER_cert_to_PEM_cert(connection.getpeercert(True) or b"").encode()
 
 
 def findings(config_file: str) -> Iterator[tuple[str, str, str]]:
