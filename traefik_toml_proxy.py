@@ -1584,11 +1584,10 @@ def find_traefik(command: Sequence[str]) -> tuple[list[str], Version]:
 
 def command_line(pid: int) -> list[str]:
     """Return the command line of a running process; empty where /proc does not tell."""
-    try:
-        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="surrogateescape") as file:
-            return file.read().rstrip("\0").split("\0")
-    except OSError:
-        return []
+    with suppress(OSError):
+        text = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "surrogateescape")
+        return text.rstrip("\0").split("\0")
+    return []
 
 
 def listening_sockets(port: int, host: str = "") -> dict[str, int]:
@@ -1921,11 +1920,10 @@ class TraefikProcess:
 
     def listener(self) -> frozenset[str]:
         """Return the sockets at the API's port; none if this process is not who listens there."""
-        if not self.runs():
-            return frozenset()
         with suppress(OSError):
-            user = os.stat(f"/proc/{self.pid}").st_uid
-            return trusted_listener(self._settings.api_address, user)
+            if self.runs():
+                user = os.stat(f"/proc/{self.pid}").st_uid
+                return trusted_listener(self._settings.api_address, user)
         return frozenset()
 
     def has_come_up(self, answered: bool) -> bool:
