@@ -547,7 +547,6 @@ class Settings:
     extra_static_config: Table
     extra_dynamic_config: Table
     # What follows from other options and from JupyterHub
-    class_name: str  # options are those of c.CLASS_NAME
     static_file: str
     rules_file: str
     trusted_users: Sequence[int]  # beside root and the hub's, to whom the two may belong
@@ -569,7 +568,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Check what the options say together."""
         if not self.should_start and self.opens_api and not self.traefik_api_password:
-            options = f"c.{self.class_name}.traefik_api_username and .traefik_api_password"
+            options = "c.TraefikTomlProxy.traefik_api_username and .traefik_api_password"
             raise ValueError(f"should_start = False needs credentials: set {options}")
         if ":" in self.traefik_api_username:
             raise ValueError("traefik_api_username has a colon, which HTTP cannot send")
@@ -2681,11 +2680,9 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
             values[option] = trusted_networks(option, values[option])
         if not self.traefik_api_hashed_password:
             values["traefik_api_hashed_password"] = apr1_hash(self.traefik_api_password)
-        made_up = self.should_start and not self.traefik_api_password
         settings = Settings(
             **values,
-            makes_password=made_up,
-            class_name=type(self).__name__,
+            makes_password=self.should_start and not self.traefik_api_password,
             static_file=static_file,
             rules_file=rules_file,
             trusted_users=trusted,
