@@ -1443,6 +1443,8 @@ class TraefikAPI:
         nothing if not: then nobody is asked.
         """
         self.url = settings.traefik_api_url.rstrip("/")
+        # The problem of a Traefik that has not loaded the newest revision.
+        self.outdated = APIError(f"{self.url} shows an older version of the file", 200)
         self._username, self._listener = settings.traefik_api_username, listener
         self.use_password(password)
         self._revision = settings.mark + REVISION
@@ -2189,8 +2191,7 @@ class Confirmation:
 
         The status of a problem is that of HTTP: 0 if there was no answer, 200 for an older version.
         """
-        older = older_version(self._api)
-        newest = self._rules.revision
+        older, newest = self._api.outdated, self._rules.revision
         if by_header:
             shown = self._api.revision(min(timeout, 0.3))
             unknown = APIError(f"{self._api.url} cannot be reached") if shown is None else older
@@ -2246,11 +2247,6 @@ class Confirmation:
                 process.log.error("Traefik did not answer: it was killed and is started again")
         self._helped = elapsed
         return problem
-
-
-def older_version(api: TraefikAPI) -> APIError:
-    """Return the problem of a Traefik that has not loaded the newest revision."""
-    return APIError(f"{api.url} shows an older version of the file", 200)
 
 
 def diagnose(problem: APIError, rules: str, api: TraefikAPI) -> str:
@@ -3072,7 +3068,7 @@ class Check:
             try:
                 if (self.api.revision(1) or self.api.revision_of_middleware(5)) == revision:
                     return "ok", f"Traefik serves this version of {path}"
-                problem = older_version(self.api)
+                problem = self.api.outdated
             except APIError as error:
                 problem = error
             if problem.status in (0, 401):  # the link before has told
