@@ -2301,8 +2301,7 @@ class Activity:
 
 
 # The proxy ----------------------------------------------------------------------------------------
-# JupyterHub calls TraefikTomlProxy in its event loop, which must never wait for a file, a socket or
-# a process. So all that blocks is in TraefikControl, and one thread calls that.
+# JupyterHub calls TraefikTomlProxy in its event loop, which waits for no file, socket or process.
 
 RENEWAL = 20  # seconds between two looks at the certificate
 
@@ -2394,8 +2393,7 @@ class TraefikControl:
             self._log.warning("%s", error)
         # The file opens the API, which tells the version, on which the file depends in turn.
         self._write_for(UNKNOWN)
-        patience = settings.start_timeout
-        self.confirmation.wait_for_answer(self._closing, patience, self._log.warning)
+        self.confirmation.wait_for_answer(self._closing, settings.start_timeout, self._log.warning)
         self.confirmation.wait(self._closing)
         said = self.api.get("/api/version", settings.check_route_timeout).get("Version")
         self._write_for(parse_version(str(said), self.api.url))
