@@ -2155,21 +2155,15 @@ class Confirmation:
     ) -> None:
         """Wait some seconds for an answer of Traefik's API; ``tell`` if it is not there at once."""
         began, told = time.monotonic(), False
-        while (problem := self._silence()) and (elapsed := time.monotonic() - began) < patience:
+        while (problem := self._ask(by_header=False, timeout=1)) and not problem.status:
+            if (elapsed := time.monotonic() - began) >= patience:
+                return
             if not told:
                 tell("Waiting for Traefik, for %g s at most (start_timeout): %s", patience, problem)
             told = True
             self._pause(closing, elapsed, restarts=True)
-        if told and not problem:
+        if told:
             tell("Traefik answers at %s", self._api.url)
-
-    def _silence(self) -> APIError | None:
-        """Return why Traefik's API gives no answer; None if it gives one, whatever it says."""
-        try:
-            self._api.get("/api/version", 1)
-        except APIError as error:
-            return None if error.status else error
-        return None
 
     def _pause(self, closing: threading.Event, elapsed: float, restarts: bool) -> None:
         """Let some time pass before the next question. Raises ``RuntimeError``.
