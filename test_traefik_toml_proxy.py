@@ -3108,6 +3108,64 @@ async def test_a_traefik_that_hangs_is_killed_and_started_again(
     assert who(port_of(made), "/user/a/") == "a"
 
 
+@pytest.mark.parametrize(
+    ("tale", "killed_at"),
+    [
+        ([(1.9, 0, 8), (2.9, 404, 8)], None),  # it starts slowly, and reads the routes for a second
+        ([(0.5, 0, 8), (2.4, 404, 8)], None),  # it reads them for two
+        ([(1, 200, 7), (4, 0, 8), (5, 404, 8)], None),  # somebody kills it meanwhile
+        ([(29, 0, 8)], None),  # it starts for half a minute
+        ([(29, 404, 7)], 2.0),  # the file was missing when it started, so it never looks again
+        ([(4, 0, 8), (29, 404, 8)], 6.0),
+        ([(29, 0, 7)], 15.0),  # it hangs
+        ([(4, 200, 7), (29, 0, 7)], 15.0),
+    ],
+)
+def test_a_traefik_that_has_just_come_up_is_not_killed(
+    monkeypatch: pytest.MonkeyPatch, tale: list[tuple[float, int, int]], killed_at: float | None
+) -> None:
+    """``tale``: until when, in seconds, the API answers with a status, and the pid of Traefik."""
+    now, kills = 0.0, []
+    process = SimpleNamespace(pid=7, served=True, log=logging.getLogger("tale"))
+
+    def told() -> tuple[int, int]:
+        return next((one[1:] for one in tale if now < one[0] and not kills), (0, process.pid))
+
+    def tick(seconds: float) -> bool:
+        nonlocal now
+        now += seconds
+        process.pid = told()[1]
+        return False
+
+    def answer(*_: Any) -> str:
+        status = told()[0]
+        if any(now < one[0] for one in tale) and not kills and status != 200:
+            raise proxy.APIError("no", status)
+        return "old" if status else "new"
+
+    def kill(number: int = signal.SIGKILL) -> bool:
+        if number == signal.SIGKILL:
+            kills.append(now)
+        return True
+
+    process.kill, process.runs, process.admit = kill, lambda: True, lambda pid: None
+    process.has_come_up, process.lacks_descriptors = lambda answered: answered, lambda: ""
+    monkeypatch.setattr(proxy, "time", SimpleNamespace(monotonic=lambda: now))
+    rules = SimpleNamespace(path="rules.toml", revision="new", changed_by_others=lambda: False)
+    api = SimpleNamespace(
+        url="http://127.0.0.1:8099",
+        outdated=proxy.APIError("old", 200),
+        connection=SimpleNamespace(sock=None),
+        revision_of_middleware=answer,
+        get=lambda *_: {},
+        revision=answer,
+    )
+    waiting = proxy.Confirmation(make_settings(check_route_timeout=30.0), rules, api, process)
+    waiting.answered = 7
+    waiting.wait(SimpleNamespace(wait=tick))
+    assert [round(at - 0.2) for at in kills] == ([killed_at] if killed_at else [])
+
+
 @pytest.mark.process
 async def test_a_full_disk_does_not_kill_a_traefik_that_answers(
     make_proxy: ProxyFactory, backends: Backends, caplog: pytest.LogCaptureFixture

@@ -2107,8 +2107,9 @@ class Confirmation:
         self._pace = 0.001  # seconds that Traefik took of late
         self._asked = 0  # pid of the process asked last
         self.answered = 0  # pid of the one that answered last
-        # Seconds into this wait, when Traefik was helped, and when the file was written again.
-        self._helped = self._rewritten = 0.0
+        # Seconds into this wait, when Traefik was helped, when the file was written again, and when
+        # the process that answers now did so for the first time.
+        self._helped = self._rewritten = self._came_up = 0.0
 
     def is_due(self) -> bool:
         """Whether the newest revision has not been seen to be served."""
@@ -2122,15 +2123,14 @@ class Confirmation:
         refuses the routes, or if ``closing`` was set meanwhile.
         """
         began, elapsed = time.monotonic(), 0.0
-        self._helped, self._rewritten = 0.0, -1.0
+        self._helped, self._rewritten, self._came_up = 0.0, -1.0, 0.0
         connected = self._api.connection.sock
         by_header = change and connected is not None and connected is self._header_on
         problem: APIError | None = None
         while not problem or elapsed < self._timeout:
             self._pause(closing, elapsed, restarts)
             by_header = by_header and elapsed < min(0.3 + 5 * self._pace, self._timeout / 2)
-            # An answer takes 0.2 s where the hash of the API's password is bcrypt.
-            problem = self._ask(by_header, min(max(self._timeout - elapsed, 0.1), 1))
+            problem = self._ask(by_header)
             if not problem:
                 break
             by_header = by_header and problem.status == 200
@@ -2154,7 +2154,7 @@ class Confirmation:
     ) -> None:
         """Wait some seconds for an answer of Traefik's API; ``tell`` if it is not there at once."""
         began, told = time.monotonic(), False
-        while (problem := self._ask(by_header=False, timeout=1)) and not problem.status:
+        while (problem := self._ask(by_header=False)) and not problem.status:
             if (elapsed := time.monotonic() - began) >= patience:
                 return
             if not told:
@@ -2179,21 +2179,22 @@ class Confirmation:
         if process and not (restarts and process.served) and not process.runs():
             raise RuntimeError(process.last_words())
 
-    def _ask(self, by_header: bool, timeout: float) -> APIError | None:
+    def _ask(self, by_header: bool) -> APIError | None:
         """Return what is wrong, None if Traefik shows the newest revision. Raises as ``wait``.
 
         The status of a problem is that of HTTP: 0 if there was no answer, 200 for an older version.
+        Each question has a second, the last one, too: what it finds is the diagnosis.
         """
         older, newest = self._api.outdated, self._rules.revision
         if by_header:
-            shown = self._api.revision(min(timeout, 0.3))
+            shown = self._api.revision(0.3)
             unknown = APIError(f"{self._api.url} cannot be reached") if shown is None else older
             return None if shown == newest else unknown
         self._header_on = None
         try:
-            if self._api.revision_of_middleware(timeout) != newest:
+            if self._api.revision_of_middleware(1) != newest:
                 return older
-            root = self._api.get(self._root, timeout)
+            root = self._api.get(self._root, 1)
         except APIError as error:
             return error
         if root.get("status") == "disabled":
@@ -2223,13 +2224,16 @@ class Confirmation:
 
         Where it answers but has not seen the file, SIGHUP has it read the file again. Where it
         answers no more, or not as the API, it is killed, and its watcher starts it again, unless it
-        only lacks the descriptors for another connection: then users go on with theirs.
+        only lacks the descriptors for another connection: then users go on with theirs. One that
+        has come up just now says 404 until it has read the file, so its time begins there.
         """
         process, before = self._process, self._helped
-        self.answered = self._asked if problem.status else self.answered
+        if problem.status and self.answered != self._asked:
+            self.answered, self._came_up = self._asked, elapsed
         if not process or elapsed <= before + 0.3 + 5 * self._pace:
             return problem
-        due = min(self._timeout / 2, 2 if problem.status else 60)
+        patience = 2 + 20 * self._pace if problem.status else 60
+        due = self._came_up + min(self._timeout / 2, patience)
         if problem.status in (200, 401):  # it has read a file before, so it handles SIGHUP
             process.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._rules.path)
             process.kill(signal.SIGHUP)
@@ -2256,7 +2260,7 @@ def diagnose(problem: APIError, rules: str, api: TraefikAPI) -> str:
     }.get(problem.status, "")
     with suppress(APIError, TypeError):
         if problem.status == 404:
-            providers = api.get("/api/overview", 1).get("providers") or []
+            providers = api.get("/api/overview", 5).get("providers") or []
             reads = "has not read this file" if "File" in providers else "has no file provider"
             advice = f": Traefik {reads}: {setting}; mount directories, not files"
     return f"{problem}{advice}"
