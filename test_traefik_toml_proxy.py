@@ -1279,6 +1279,28 @@ def test_what_others_wrote_has_to_fit_the_revision_too(tmp_path: Path) -> None:
     assert rules.revision in str(tomli.loads(path.read_text())["http"]["middlewares"])
 
 
+@pytest.mark.parametrize(
+    ("host", "inside"),
+    [
+        ("", True),
+        ("hub.example.org", True),
+        ("HUB.example.org.", True),
+        ("a.b.wild.example.org", True),
+        ("wild.example.org", False),
+        ("example.org", False),
+        ("xhub.example.org", False),
+    ],
+)
+def test_which_hosts_are_below_the_parents_of_all_routes(
+    tmp_path: Path, host: str, inside: bool
+) -> None:
+    hosts = ["Hub.example.org", "*.Wild.Example.org"]
+    settings = make_settings(rules_file=str(tmp_path / "rules.toml"), hosts=hosts)
+    rules = proxy.RulesFile(settings, proxy.NEWEST, str, logging.getLogger("rules"))
+    route = rules.make_route(f"{host}/user/a/", "http://127.0.0.1:1", "{}")
+    assert (route.key is not None) == inside
+
+
 def test_the_group_of_a_file_is_kept_or_loses_its_rights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -2247,6 +2269,52 @@ async def test_a_traefik_that_dies_is_started_again(
     assert os.listdir(make_proxy.directory) == []
     with pytest.raises(OSError, match="refused"):
         fetch(port_of(made), "/")
+
+
+# What macOS lacks is gone here, too: /proc, handles of processes, files that are only in memory.
+WITHOUT_PROC = """
+import asyncio, os, pathlib, resource, signal, sys
+from conftest import ProxyFactory, port_of, wait_until, who
+
+del os.memfd_create, os.pidfd_open, resource.prlimit
+sys.platform = "darwin"
+assert os.listdir("/proc") == []
+
+
+async def main():
+    factory = ProxyFactory(pathlib.Path(sys.argv[1]))
+    try:
+        made = factory()
+        await made.start()
+        await made.add_route("/", sys.argv[2], {})
+        process = made.control.process
+        pid = process.pid
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.to_thread(wait_until, lambda: process.pid != pid)
+        await made.add_route("/user/a/", sys.argv[2], {})
+        print(sorted(await made.get_all_routes()), who(port_of(made), "/user/a/"))
+    finally:
+        await factory.close()
+    print(os.listdir(sys.argv[1]))
+
+
+asyncio.run(main())
+"""
+
+
+@only_root
+@pytest.mark.process
+def test_a_hub_works_where_no_proc_is(tmp_path: Path, backends: Backends) -> None:
+    hide = 'mount -t tmpfs none /proc && exec "$@"'
+    command = [sys.executable, "-c", WITHOUT_PROC, str(tmp_path), backends("a")]
+    said = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hide, "sh", *command],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert said.stdout.splitlines() == ["['/', '/user/a/'] a", "[]"], said.stderr
 
 
 @pytest.mark.process
@@ -5258,6 +5326,16 @@ async def test_check_finds_nothing_wrong_with_the_static_config_that_is_printed(
     assert who(setup.port, "/user/a/x") == "a"
 
 
+def test_check_takes_any_path_of_the_program(setup: Setup) -> None:
+    path = setup.directory / "{0}" / "{traefik}"
+    path.parent.mkdir()
+    path.symlink_to(installed_traefik())
+    setup.configure(should_start=True, command=str(path))
+    found = setup.check()
+    assert found["traefik"][0] == "ok"
+    assert found["traefik"][1].startswith(f"{path} is Traefik 3.")
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("version", OLD_VERSIONS)
 def test_older_releases_take_the_static_config_and_pass_the_check(
@@ -7570,7 +7648,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 # The module is built to rules, and these tests hold it to them by its syntax tree. Each checker
 # returns what breaks a rule, with the line. Limits on complexity are ruff's, in pyproject.toml.
 
-MOST_LINES = 3_365  # of the module; 2,000 are the aim
+MOST_LINES = 3_310  # of the module; 2,000 are the aim
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 40, 300
 LEAST_COMMENTS = 0.2  # of all lines: those of docstrings, and those with a comment
 MOST_ATTRIBUTES = 12  # of TraefikTomlProxy, beside its options

@@ -1271,7 +1271,7 @@ class RulesFile:
     def _in_tree(self, routespec: str) -> bool:
         """Whether a route is below the parents of all routes; one without a host may be."""
         settings, host = self._settings, routespec.partition("/")[0].rstrip(".").lower()
-        known = not host or any(fnmatchcase(host, name) for name in settings.hosts or ["*"])
+        known = not host or any(fnmatchcase(host, name.lower()) for name in settings.hosts or ["*"])
         below = path_of(routespec).startswith(settings.base_path)
         return known and below and self.version >= PARENTS
 
@@ -1714,8 +1714,12 @@ class Output:
 
     def __init__(self, log: logging.Logger, secret: str) -> None:
         """``secret`` is hidden in all that is passed on, and so is every APR1 hash."""
-        nameless = getattr(os, "memfd_create", lambda _: os.dup(tempfile.TemporaryFile().fileno()))
-        self.file = open(nameless("traefik"), "r+b", buffering=0)
+        if hasattr(os, "memfd_create"):
+            handle = os.memfd_create("traefik")
+        else:  # on macOS
+            handle, path = tempfile.mkstemp()
+            os.unlink(path)
+        self.file = open(handle, "r+b", buffering=0)
         self._log, self._secret = log, secret
         self._start = 0  # bytes of it at the last start of Traefik
         self._passed_on = 0  # bytes of it that are in the hub's log by now
@@ -1920,11 +1924,12 @@ class TraefikProcess:
 
     def listener(self) -> frozenset[str]:
         """Return the sockets at the API's port; none if this process is not who listens there."""
-        with suppress(OSError):
-            if self.runs():
-                user = os.stat(f"/proc/{self.pid}").st_uid
-                return trusted_listener(self._settings.api_address, user)
-        return frozenset()
+        if not self.runs():
+            return frozenset()
+        users = []
+        with suppress(OSError):  # /proc is not there, or tells nothing
+            users = [os.stat(f"/proc/{self.pid}").st_uid]
+        return trusted_listener(self._settings.api_address, *users)
 
     def has_come_up(self, answered: bool) -> bool:
         """Whether it has opened its ports. Where the hub did, only an answer of it tells."""
@@ -2230,7 +2235,7 @@ class Confirmation:
         process, before = self._process, self._helped
         if problem.status and self.answered != self._asked:
             self.answered, self._came_up = self._asked, elapsed
-        if not process or elapsed <= before + 0.3 + 5 * self._pace:
+        if not process or not before + 0.3 + 5 * self._pace < elapsed < self._timeout:
             return problem
         patience = 2 + 20 * self._pace if problem.status else 60
         due = self._came_up + min(self._timeout / 2, patience)
@@ -2901,17 +2906,18 @@ class Check:
 
     def traefik(self) -> Finding:
         """Find the program that the hub starts, or the version that somebody else has started."""
+        program = ""
         try:
             said = self.api.get("/api/version", 5).get("Version")
-            self.version, what = parse_version(str(said), self.api.url), "Traefik {} runs"
+            self.version = parse_version(str(said), self.api.url)
         except APIError:
             try:
                 (program, *_), self.version = find_traefik(self.settings.command)
             except RuntimeError as error:
                 level = "FAIL" if self.settings.should_start else "warn"
                 return level, f"no version is known: {error}"
-            what = f"{program} is Traefik {{}}"
-        return "ok", what.format(".".join(map(str, self.version)))
+        number = ".".join(map(str, self.version))
+        return "ok", f"{program} is Traefik {number}" if program else f"Traefik {number} runs"
 
     def static(self) -> Finding:
         """Compare the static file with the one that the hub would write."""
