@@ -1866,6 +1866,29 @@ def record(user: int | None, port: int, said: Any) -> None:
                 client.sendall(OK + b"X-Revision: x\r\n\r\n{}")
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("host", ["*", "", "0.0.0.0", "[::]", "LocalHost"])
+async def test_an_api_on_all_addresses_is_found(make_proxy: ProxyFactory, host: str) -> None:
+    made = make_proxy(traefik_api_url=f"http://{host}:{free_port()}")
+    await made.start()
+    await made.add_route("/", "http://127.0.0.1:1", {})
+
+
+@pytest.mark.process
+async def test_where_nobody_tells_who_listens_only_an_answer_tells_that_traefik_is_up(
+    make_proxy: ProxyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    wrapper = script(tmp_path / "bin" / "traefik", f'exec {installed_traefik()} "$@"')
+    made = make_proxy(command=[wrapper])  # so that the hub does not listen
+    await made.start()
+    process = made.control.process
+    assert [process.has_come_up(answered) for answered in (False, True)] == [True, True]
+    unknown = frozenset({proxy.UNKNOWN_SOCKET})
+    monkeypatch.setattr(proxy, "trusted_listener", lambda *_: unknown)
+    assert [process.has_come_up(answered) for answered in (False, True)] == [False, True]
+
+
 @pytest.mark.parametrize("user", [pytest.param(SOMEBODY, marks=only_root), None])
 @pytest.mark.process
 async def test_who_takes_the_port_of_the_api_learns_nothing(
@@ -3176,62 +3199,111 @@ async def test_a_traefik_that_hangs_is_killed_and_started_again(
     assert who(port_of(made), "/user/a/") == "a"
 
 
-@pytest.mark.parametrize(
-    ("tale", "killed_at"),
-    [
-        ([(1.9, 0, 8), (2.9, 404, 8)], None),  # it starts slowly, and reads the routes for a second
-        ([(0.5, 0, 8), (2.4, 404, 8)], None),  # it reads them for two
-        ([(1, 200, 7), (4, 0, 8), (5, 404, 8)], None),  # somebody kills it meanwhile
-        ([(29, 0, 8)], None),  # it starts for half a minute
-        ([(29, 404, 7)], 2.0),  # the file was missing when it started, so it never looks again
-        ([(4, 0, 8), (29, 404, 8)], 6.0),
-        ([(29, 0, 7)], 15.0),  # it hangs
-        ([(4, 200, 7), (29, 0, 7)], 15.0),
-    ],
-)
-def test_a_traefik_that_has_just_come_up_is_not_killed(
-    monkeypatch: pytest.MonkeyPatch, tale: list[tuple[float, int, int]], killed_at: float | None
-) -> None:
-    """``tale``: until when, in seconds, the API answers with a status, and the pid of Traefik."""
-    now, kills = 0.0, []
-    process = SimpleNamespace(pid=7, served=True, log=logging.getLogger("tale"))
+class Tale:
+    """A wait for a Traefik of whose behaviour is told; no time passes but in the tale.
 
-    def told() -> tuple[int, int]:
-        return next((one[1:] for one in tale if now < one[0] and not kills), (0, process.pid))
+    ``status`` is called with the seconds so far and the age of the process, and returns what the
+    API answers: a status of HTTP, 200 for an older file, 0 for nothing, 1 for the newest file.
+    """
 
-    def tick(seconds: float) -> bool:
-        nonlocal now
-        now += seconds
-        process.pid = told()[1]
-        return False
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, status: Callable[[float, float], int], limit: float
+    ) -> None:
+        self.now, self.born, self.kills, self._status = 0.0, 0.0, [], status
+        log = logging.getLogger("tale")
+        self.process = SimpleNamespace(pid=7, served=True, log=log, kill=self.kill)
+        self.process.runs, self.process.admit = lambda: True, lambda pid: None
+        self.process.lacks_descriptors = self.process.last_words = lambda: ""
+        self.process.has_come_up = lambda answered: answered
+        monkeypatch.setattr(proxy, "time", SimpleNamespace(monotonic=lambda: self.now))
+        rules = SimpleNamespace(path="rules.toml", revision="new", changed_by_others=lambda: False)
+        api = SimpleNamespace(
+            url="http://127.0.0.1:8099",
+            outdated=proxy.APIError("old", 200),
+            connection=SimpleNamespace(sock=None),
+            revision_of_middleware=self.answer,
+            get=lambda *_: {},
+            revision=lambda *_: None,
+        )
+        settings = make_settings(check_route_timeout=limit)
+        self.confirmation = proxy.Confirmation(settings, rules, api, self.process)
+        self.confirmation.answered = 7
 
-    def answer(*_: Any) -> str:
-        status = told()[0]
-        if any(now < one[0] for one in tale) and not kills and status != 200:
-            raise proxy.APIError("no", status)
-        return "old" if status else "new"
-
-    def kill(number: int = signal.SIGKILL) -> bool:
+    def kill(self, number: int = signal.SIGKILL) -> bool:
         if number == signal.SIGKILL:
-            kills.append(now)
+            self.kills.append(round(self.now))
+            self.die()
         return True
 
-    process.kill, process.runs, process.admit = kill, lambda: True, lambda pid: None
-    process.has_come_up, process.lacks_descriptors = lambda answered: answered, lambda: ""
-    monkeypatch.setattr(proxy, "time", SimpleNamespace(monotonic=lambda: now))
-    rules = SimpleNamespace(path="rules.toml", revision="new", changed_by_others=lambda: False)
-    api = SimpleNamespace(
-        url="http://127.0.0.1:8099",
-        outdated=proxy.APIError("old", 200),
-        connection=SimpleNamespace(sock=None),
-        revision_of_middleware=answer,
-        get=lambda *_: {},
-        revision=answer,
-    )
-    waiting = proxy.Confirmation(make_settings(check_route_timeout=30.0), rules, api, process)
-    waiting.answered = 7
-    waiting.wait(SimpleNamespace(wait=tick))
-    assert [round(at - 0.2) for at in kills] == ([killed_at] if killed_at else [])
+    def die(self) -> None:
+        """Start another one at once."""
+        self.process.pid, self.born = self.process.pid + 1, self.now
+
+    def answer(self, timeout: float) -> str:
+        status = self._status(self.now, self.now - self.born)
+        if status in (1, 200):
+            return "new" if status == 1 else "old"
+        self.now += 0 if status else timeout  # it is silent
+        raise proxy.APIError("no", status)
+
+    def tick(self, seconds: float) -> bool:
+        self.now += seconds
+        return False
+
+    def wait(self) -> None:
+        self.confirmation.wait(SimpleNamespace(wait=self.tick))
+
+
+@pytest.mark.parametrize(
+    ("starts", "reads", "limit", "kills"),  # all in seconds
+    [
+        (1.9, 1, 30, []),  # it starts slowly, and reads the routes for a second
+        (0.5, 1.9, 30, []),
+        (29, 0.5, 30, []),
+        (0.1, 3.5, 30, [3]),  # it has two seconds to read them, then four, and so on
+        (4, 3.5, 30, [6]),
+        (0.1, 11, 60, [3, 9, 18]),
+    ],
+)
+def test_a_traefik_that_has_just_come_up_has_time_to_read_the_routes(
+    monkeypatch: pytest.MonkeyPatch,
+    starts: float,
+    reads: float,
+    limit: float,
+    kills: list[int],
+) -> None:
+
+    def status(now: float, age: float) -> int:
+        return 0 if age < starts else 404 if age < starts + reads else 1
+
+    tale = Tale(monkeypatch, status, limit)
+    tale.die()  # the one that has answered before
+    tale.wait()
+    assert tale.kills == kills
+    assert tale.confirmation._kills == 0, "it is known to work"
+
+
+@pytest.mark.parametrize(("limit", "kills"), [(30, [16]), (5, [3]), (1, [1]), (0.4, [0])])
+def test_a_traefik_that_answers_no_more_is_killed_whatever_the_limit(
+    monkeypatch: pytest.MonkeyPatch, limit: float, kills: list[int]
+) -> None:
+    tale = Tale(monkeypatch, lambda now, age: 0 if age == now else 1, limit)
+    for _ in range(2):  # the first wait may end before the next Traefik is there
+        with contextlib.suppress(TimeoutError):
+            tale.wait()
+    assert tale.kills == kills
+
+
+def test_a_traefik_that_came_up_late_is_waited_for_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tale = Tale(monkeypatch, lambda now, age: 0 if age < 2.6 else 404 if age < 5 else 1, 4)
+    tale.die()
+    with pytest.raises(TimeoutError):
+        tale.wait()
+    assert tale.confirmation.answered != tale.process.pid, "users are not let through to 404"
+    tale.wait()
+    assert tale.kills == []
 
 
 @pytest.mark.process
@@ -7648,7 +7720,7 @@ async def test_messages_of_a_vendored_file_name_options_that_it_has(
 # The module is built to rules, and these tests hold it to them by its syntax tree. Each checker
 # returns what breaks a rule, with the line. Limits on complexity are ruff's, in pyproject.toml.
 
-MOST_LINES = 3_310  # of the module; 2,000 are the aim
+MOST_LINES = 3_325  # of the module; 2,000 are the aim
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 40, 300
 LEAST_COMMENTS = 0.2  # of all lines: those of docstrings, and those with a comment
 MOST_ATTRIBUTES = 12  # of TraefikTomlProxy, beside its options

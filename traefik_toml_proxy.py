@@ -1449,6 +1449,7 @@ class TraefikAPI:
         self._revision = settings.mark + REVISION
         self._path, https = urlsplit(self.url).path, self.url.startswith("https:")
         host, port = split_address(settings.api_address)
+        host = host or "localhost"  # where a Traefik that listens on all addresses is, too
         self.connection = HTTPConnection(host, port)
         if https:
             internal = settings.internal_ssl and settings.should_start
@@ -1616,16 +1617,19 @@ def listening_sockets(port: int, host: str = "") -> dict[str, int]:
     return {**found[own], **found[mapped]} or wildcard
 
 
+UNKNOWN_SOCKET = "unknown"  # where /proc does not tell who listens
+
+
 def trusted_listener(address: str, *trusted: int) -> frozenset[str]:
     """Return the sockets that listen at an address, or none if one is that of another user.
 
-    ``trusted`` are the ids of users beside root and the hub's. Where /proc does not tell who
-    listens, the answer is a mere name.
+    ``trusted`` are the ids of users beside root and the hub's. The answer is UNKNOWN_SOCKET where
+    that is all that can be known.
     """
     host, port = split_address(address)
     sockets = listening_sockets(port, host)
     if not os.access("/proc/net/tcp", os.R_OK):
-        return frozenset({"unknown"})
+        return frozenset({UNKNOWN_SOCKET})
     others = set(sockets.values()) - {0, os.geteuid(), *trusted}
     return frozenset() if others else frozenset(sockets)
 
@@ -1843,6 +1847,7 @@ class TraefikProcess:
             handle = open_trusted(self._pid_file, os.O_RDWR | os.O_CREAT)
             self._lock = open(handle, "r+b", buffering=0)
             if os.fstat(handle).st_nlink > 1:
+                self._lock.close()
                 raise OSError(errno.EPERM, "it has several names")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1932,9 +1937,12 @@ class TraefikProcess:
         return trusted_listener(self._settings.api_address, *users)
 
     def has_come_up(self, answered: bool) -> bool:
-        """Whether it has opened its ports. Where the hub did, only an answer of it tells."""
-        kept = self._settings.traefik_api_entrypoint in self._sockets
-        return answered if kept else bool(self.listener())
+        """Whether it has opened its ports.
+
+        Where the hub did, or nothing is known of sockets, only ``answered`` tells: whether it has.
+        """
+        kept, sockets = self._settings.traefik_api_entrypoint in self._sockets, self.listener()
+        return answered if kept or UNKNOWN_SOCKET in sockets else bool(sockets)
 
     def lacks_descriptors(self) -> str:
         """Say that the process has no file descriptors left, so that it can take no connection."""
@@ -1952,7 +1960,7 @@ class TraefikProcess:
             code = self._popen.returncode if self._popen else "unknown"
             text = f"Traefik exited with code {code}. "
         for port in re.findall(r":(\d{1,5}): bind: address already in use", said)[-1:]:
-            text += f"Port {port} is held by {port_holder(int(port))}. "
+            text += f"Port {port} is held by {port_holder(int(port)) or 'another program'}. "
         return f"{text}Traefik said:\n  {said}"
 
     def kill(self, number: int = signal.SIGKILL) -> bool:
@@ -2106,6 +2114,7 @@ class Confirmation:
         """Without a process somebody else starts Traefik."""
         self._rules, self._api, self._process = rules, api, process
         self._timeout = settings.check_route_timeout
+        self._question = min(self._timeout, 1)  # seconds, also for the last one before the end
         self._root = f"/api/http/routers/{settings.mark}{ROOT}@file"
         self._served = ""  # the newest revision that Traefik was seen to serve
         self._header_on: object = None  # the socket on which Traefik shows the revision, too
@@ -2115,6 +2124,7 @@ class Confirmation:
         # Seconds into this wait, when Traefik was helped, when the file was written again, and when
         # the process that answers now did so for the first time.
         self._helped = self._rewritten = self._came_up = 0.0
+        self._kills = 0  # of processes, since the newest revision was served
 
     def is_due(self) -> bool:
         """Whether the newest revision has not been seen to be served."""
@@ -2142,13 +2152,15 @@ class Confirmation:
             elapsed = time.monotonic() - began
             problem = self._write_again(elapsed) or self._help(problem, elapsed)
         else:
+            if self._came_up > self._timeout / 2:  # it had no time to read the routes
+                self.answered = 0
             limit = f"within {self._timeout:g} s (check_route_timeout)"
             if self._process:
                 reason = f"{problem}. {self._process.last_words()}"
             else:
                 reason = diagnose(problem, self._rules.path, self._api)
             raise TimeoutError(f"Traefik did not load {self._rules.path} {limit}: {reason}")
-        self._served, self.answered = self._rules.revision, self._asked
+        self._served, self.answered, self._kills = self._rules.revision, self._asked, 0
         if self._process:
             self._process.admit(self._asked)
         if not self._helped:  # that would count the delay before it, which is made of the pace
@@ -2188,7 +2200,6 @@ class Confirmation:
         """Return what is wrong, None if Traefik shows the newest revision. Raises as ``wait``.
 
         The status of a problem is that of HTTP: 0 if there was no answer, 200 for an older version.
-        Each question has a second, the last one, too: what it finds is the diagnosis.
         """
         older, newest = self._api.outdated, self._rules.revision
         if by_header:
@@ -2197,9 +2208,9 @@ class Confirmation:
             return None if shown == newest else unknown
         self._header_on = None
         try:
-            if self._api.revision_of_middleware(1) != newest:
+            if self._api.revision_of_middleware(self._question) != newest:
                 return older
-            root = self._api.get(self._root, 1)
+            root = self._api.get(self._root, self._question)
         except APIError as error:
             return error
         if root.get("status") == "disabled":
@@ -2230,14 +2241,15 @@ class Confirmation:
         Where it answers but has not seen the file, SIGHUP has it read the file again. Where it
         answers no more, or not as the API, it is killed, and its watcher starts it again, unless it
         only lacks the descriptors for another connection: then users go on with theirs. One that
-        has come up just now says 404 until it has read the file, so its time begins there.
+        has come up just now says 404 until it has read the file: its time begins there, and it is
+        doubled with each one that was killed, for the machine may be slow.
         """
         process, before = self._process, self._helped
         if problem.status and self.answered != self._asked:
             self.answered, self._came_up = self._asked, elapsed
-        if not process or not before + 0.3 + 5 * self._pace < elapsed < self._timeout:
+        if not process or elapsed <= before + 0.3 + 5 * self._pace:
             return problem
-        patience = 2 + 20 * self._pace if problem.status else 60
+        patience = (2 + 20 * self._pace) * 2 ** min(self._kills, 9) if problem.status else 60
         due = self._came_up + min(self._timeout / 2, patience)
         if problem.status in (200, 401):  # it has read a file before, so it handles SIGHUP
             process.log.info("Traefik is slow to see %s, so it gets SIGHUP", self._rules.path)
@@ -2246,6 +2258,7 @@ class Confirmation:
             if lack := process.lacks_descriptors():
                 process.log.error("Traefik (pid %i) does not answer: %s", process.pid, lack)
             elif process.has_come_up(self.answered == process.pid) and process.kill():
+                self._kills += 1
                 process.log.error("Traefik did not answer: it was killed and is started again")
         self._helped = elapsed
         return problem
@@ -2265,7 +2278,7 @@ def diagnose(problem: APIError, rules: str, api: TraefikAPI) -> str:
     }.get(problem.status, "")
     with suppress(APIError, TypeError):
         if problem.status == 404:
-            providers = api.get("/api/overview", 5).get("providers") or []
+            providers = api.get("/api/overview", 2).get("providers") or []
             reads = "has not read this file" if "File" in providers else "has no file provider"
             advice = f": Traefik {reads}: {setting}; mount directories, not files"
     return f"{problem}{advice}"
