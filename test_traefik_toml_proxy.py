@@ -2707,7 +2707,7 @@ async def test_a_pid_file_that_cannot_be_written_does_not_end_the_watch(
 
     monkeypatch.setattr(proxy.TraefikProcess, "_write_pid_file", fail)
     os.kill(managed.control.process.pid, signal.SIGKILL)
-    assert await asyncio.to_thread(failed.wait, 20)
+    assert await asyncio.to_thread(failed.wait, 60)
     monkeypatch.undo()
     await managed.add_route("/user/a/", "http://127.0.0.1:1", {})
 
